@@ -1,0 +1,110 @@
+"""What is trained on top of a backbone: the head, and LoRA adapters.
+
+In: a stock sequence classifier. Out: the same with a fresh fp32 head, and PEFT's wrapper around it. Step 6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from qlora_moderation.backbone import BackboneSpec, brief
+from qlora_moderation.config import TrainConfig
+from qlora_moderation.errors import CheckpointError, ConfigError
+
+
+def find_head(model: PreTrainedModel) -> tuple[nn.Module, str, nn.Linear]:
+    """Return (parent, attribute, layer) of the last linear layer outside the backbone, the one with C outputs."""
+    found: tuple[nn.Module, str, nn.Linear] | None = None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not name.startswith(f"{model.base_model_prefix}."):
+            parent, _, attribute = name.rpartition(".")
+            found = model.get_submodule(parent), attribute, module
+    if found is None:
+        raise CheckpointError(f"{type(model).__name__} has no linear head that could be trained")
+    return found
+
+
+def replace_head(model: PreTrainedModel, categories: Sequence[str], seed: int) -> list[str]:
+    """Put an fp32 head with C rows on the model: rows of a category that the old head knew are kept, others are new.
+
+    Returns:
+        Lines for the log: which rows were kept, moved, new.
+    """
+    parent, attribute, old = find_head(model)
+    architectures = model.config.architectures or []
+    trained = any("ForSequenceClassification" in name for name in architectures)
+    old_names = [model.config.id2label.get(i) for i in range(old.out_features)] if trained else []
+    head = nn.Linear(old.in_features, len(categories), bias=old.bias is not None)
+    spread = getattr(model.config, "initializer_range", 0.02)
+    with torch.no_grad():
+        head.weight.normal_(0.0, spread, generator=torch.Generator().manual_seed(seed))
+        if head.bias is not None:
+            head.bias.zero_()
+        for row, name in enumerate(categories):
+            if name in old_names:
+                source = old_names.index(name)
+                head.weight[row] = old.weight[source].float()
+                if head.bias is not None:
+                    head.bias[row] = old.bias[source].float()
+    setattr(parent, attribute, head.to(old.weight.device))
+    model.num_labels = model.config.num_labels = len(categories)
+    set_label_names(model.config, categories)
+    if not trained:
+        return []
+    kept = [name for i, name in enumerate(categories) if name in old_names and old_names.index(name) == i]
+    moved = [name for i, name in enumerate(categories) if name in old_names and old_names.index(name) != i]
+    new = [name for name in categories if name not in old_names]
+    parts = [("kept", kept), ("reordered", moved), ("new", new)]
+    return ["head rows of the existing classifier: " + "; ".join(f"{w} {', '.join(n) or 'none'}" for w, n in parts)]
+
+
+def set_label_names(config: PreTrainedConfig, categories: Sequence[str]) -> None:
+    """Write what the outputs mean into a stock configuration, so that stock loaders and servers apply a sigmoid."""
+    config.id2label = dict(enumerate(categories))
+    config.label2id = {name: index for index, name in enumerate(categories)}
+    config.problem_type = "multi_label_classification"
+
+
+def add_lora(model: PreTrainedModel, spec: BackboneSpec, config: TrainConfig, new_modules: Sequence[str]) -> PeftModel:
+    """Wrap a classifier with LoRA adapters; the head, and every module that its checkpoint lacked, is trained in full.
+
+    Raises:
+        ConfigError: `target_modules` names no layer.
+    """
+    targets = list(config.target_modules)
+    also_trained = {name.split(".")[-2] if "." in name else name for name in new_modules}
+    settings = LoraConfig(
+        task_type="SEQ_CLS",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init_lora_weights="gaussian" if config.init_lora_weights.lower() == "gaussian" else True,
+        modules_to_save=sorted(also_trained - set(spec.head_names)) or None,
+    )
+    torch.manual_seed(config.seed)
+    try:
+        return get_peft_model(model, settings)
+    except ValueError as error:
+        raise ConfigError(f"--target_modules {' '.join(targets)}: {brief(error)}") from None
+
+
+def load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
+    """Put a saved adapter and its head on a classifier, frozen.
+
+    Raises:
+        CheckpointError: the adapter does not fit this classifier.
+    """
+    find_head(model)[2].float()
+    try:
+        return PeftModel.from_pretrained(model, str(directory))
+    except Exception as error:  # safetensors, size mismatches, PEFT's own checks
+        raise CheckpointError(f"{directory}: the adapter does not fit its base ({brief(error)})") from None

@@ -1,0 +1,267 @@
+"""The backbone: opened from a checkpoint, in plain weights or NF4.
+
+In: a directory or hub name. Out: a stock sequence classifier. Step 6 of the straight line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from qlora_moderation.attention import PACKED_ATTENTION
+from qlora_moderation.batching import Layout
+from qlora_moderation.errors import CheckpointError, ConfigError
+from qlora_moderation.metadata import Quantization
+
+PACKED_MODEL_TYPES = {"llama", "mistral", "qwen2", "qwen3"}
+"""Decoders whose attention is plain causal attention, checked packed against padded; others use the padded layout."""
+
+ENCODER_MODEL_TYPES = {"bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "mpnet", "deberta-v2"}
+_DROPOUTS = (
+    "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "hidden_dropout",
+    "dropout", "embd_pdrop", "attn_pdrop", "resid_pdrop", "seq_classif_dropout",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneSpec:
+    """What is known of a backbone before its weights are read."""
+
+    name: str
+    revision: str | None
+    config: PreTrainedConfig
+    kind: Literal["decoder", "encoder"]
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """Names of the top-level modules of the stock classifier that are not the backbone."""
+        return ("score",) if self.kind == "decoder" else ("classifier", "pre_classifier")
+
+
+def inspect_backbone(name: str, revision: str | None = None) -> BackboneSpec:
+    """Read a backbone's configuration and decide how it is run.
+
+    Raises:
+        CheckpointError: no such checkpoint, an architecture that cannot be run, or weights that are already quantised.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{name}: is no readable model directory or hub name ({brief(error)})") from None
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(f"{name}: its weights are already quantised; give the unquantised base, NF4 is done here")
+    if config.model_type in ENCODER_MODEL_TYPES:
+        return BackboneSpec(name, revision, config, "encoder")
+    try:
+        with torch.device("meta"):
+            head = getattr(AutoModelForSequenceClassification.from_config(config), "score", None)
+    except ValueError:
+        head = None
+    if not isinstance(head, nn.Linear):
+        raise CheckpointError(
+            f"{name}: model type {config.model_type} is neither a decoder that AutoModelForSequenceClassification knows "
+            f"nor an encoder of the kinds {', '.join(sorted(ENCODER_MODEL_TYPES))}"
+        )
+    return BackboneSpec(name, revision, config, "decoder")
+
+
+def choose_layout(spec: BackboneSpec, requested: str, max_length: int, dropout: float = 0.0) -> tuple[Layout, str]:
+    """Return (layout, reason).
+
+    Raises:
+        ConfigError: `packed` was asked for where it would compute something else.
+    """
+    window = getattr(spec.config, "sliding_window", None) if getattr(spec.config, "use_sliding_window", True) else None
+    if spec.kind == "encoder":
+        obstacle = "encoders attend both ways"
+    elif spec.config.model_type not in PACKED_MODEL_TYPES:
+        obstacle = f"packing is not checked for model type {spec.config.model_type}"
+    elif window is not None and window < max_length:
+        obstacle = f"the sliding window of {window} is shorter than max_length"
+    elif dropout:
+        obstacle = "attention dropout is on"
+    else:
+        return ("padded", "asked for") if requested == "padded" else ("packed", "causal attention, one row, no padding")
+    if requested == "packed":
+        raise ConfigError(f"--layout packed: {obstacle}; use --layout padded")
+    return "padded", obstacle
+
+
+def choose_dtype(requested: str, device: torch.device) -> torch.dtype:
+    """Return the compute type; `auto` is bfloat16 on CUDA cards that have it, float32 elsewhere.
+
+    Raises:
+        ConfigError: bfloat16 on a device without it.
+    """
+    if device.type == "cuda":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if requested == "bfloat16" and not has_bfloat16:
+        raise ConfigError(f"--dtype bfloat16: this {device.type} device has no bfloat16 units; use --dtype float32")
+    if requested == "auto":
+        return torch.bfloat16 if device.type == "cuda" and has_bfloat16 else torch.float32
+    return getattr(torch, requested)
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Open a tokenizer.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(name, revision=revision)
+    except Exception as error:  # transformers raises many kinds here
+        raise CheckpointError(f"{name}: holds no readable tokenizer ({brief(error)})") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedBackbone:
+    """A stock classifier, and the modules that its checkpoint did not hold and that were made up."""
+
+    model: PreTrainedModel
+    new_modules: tuple[str, ...]
+
+
+def load_backbone(
+    spec: BackboneSpec,
+    num_labels: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    layout: Layout,
+    quantization: Quantization | None = None,
+    dropout: float = 0.0,
+) -> LoadedBackbone:
+    """Open the weights as a stock sequence classifier on `device`.
+
+    Args:
+        spec: from `inspect_backbone`.
+        num_labels: C; None: as many as the checkpoint's head has. A head of another size is made anew.
+        dtype: compute type. Without quantisation also the type of the weights.
+        device: where the weights go.
+        layout: decides the attention function.
+        quantization: NF4 settings; the weights are read and come back in its `weights_dtype`.
+        dropout: set for every dropout of the backbone.
+
+    Raises:
+        CheckpointError: weights are missing, unreadable or not finite.
+    """
+    changes: dict[str, Any] = {
+        name: dropout for name in _DROPOUTS if isinstance(getattr(spec.config, name, None), float)
+    }
+    if num_labels is not None:
+        changes["num_labels"] = num_labels
+    config = AutoConfig.from_pretrained(spec.name, revision=spec.revision, **changes)
+    arguments: dict[str, Any] = {
+        "config": config,
+        "revision": spec.revision,
+        "dtype": dtype,
+        "attn_implementation": PACKED_ATTENTION if layout == "packed" else "sdpa",
+        "ignore_mismatched_sizes": True,
+    }
+    if quantization is not None:
+        arguments["dtype"] = getattr(torch, quantization.weights_dtype)
+        arguments["device_map"] = {"": device}
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=quantization.double_quant,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["score"],
+        )
+    try:
+        with quiet():
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                spec.name, output_loading_info=True, **arguments
+            )
+    except Exception as error:  # safetensors, pickle, huggingface_hub and OS errors
+        raise CheckpointError(f"{spec.name}: its weights cannot be loaded ({brief(error)})") from None
+    missing = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    allowed = (*spec.head_names, f"{model.base_model_prefix}.pooler")
+    lost = [key for key in missing if not key.startswith(allowed)]
+    if lost:
+        raise CheckpointError(
+            f"{spec.name}: {len(lost)} weights are missing, the first is {lost[0]}; is this a whole checkpoint of model "
+            f"type {spec.config.model_type}?"
+        )
+    if quantization is not None:
+        _set_compute_dtype(model, dtype)
+    else:
+        model.to(device)
+    _refuse_non_finite(model, spec.name)
+    return LoadedBackbone(model, tuple(sorted({key.rpartition(".")[0] for key in missing})))
+
+
+def _set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Compute in `dtype` without touching NF4 payloads: a cast would rewrite them.
+
+    On a CPU with AVX512-BF16, bitsandbytes repacks the weights at the first forward in evaluation mode, for a kernel that
+    rounds to bfloat16 and has no backward pass: training would go on without gradients below the last layer. Its flag is
+    taken down here.
+    """
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.compute_dtype = dtype
+            module.compute_type_is_set = True
+            module.support_avx512bf16_for_cpu = False
+        else:
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
+
+
+def _refuse_non_finite(model: nn.Module, name: str) -> None:
+    for key, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach().abs().max())):
+            raise CheckpointError(f"{name}: weight {key} is not finite; download the checkpoint again")
+
+
+def fit_pad_token(model: PreTrainedModel, pad_id: int) -> int | None:
+    """Set the pad id; where it lies beyond the embedding, grow it by zero rows and return its new size."""
+    embedding = model.get_input_embeddings()
+    grows = pad_id >= embedding.num_embeddings
+    if grows:
+        with quiet():
+            model.resize_token_embeddings(pad_id + 1, mean_resizing=False)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[pad_id].zero_()
+    model.config.pad_token_id = pad_id
+    return pad_id + 1 if grows else None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' own warnings: what matters of them is checked and said by us."""
+    level = transformers.logging.get_verbosity()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def brief(error: BaseException) -> str:
+    """Return another library's message on one line, short enough for a log."""
+    return " ".join(str(error).split())[:240] or type(error).__name__

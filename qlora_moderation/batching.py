@@ -1,0 +1,85 @@
+"""Who decides what a step contains: epoch order, step batches, micro-batches.
+
+In: numbers of pairs and their lengths in tokens. Out: lists of indices. Step 5 of the straight line; pure Python.
+
+A step is a random set of pairs and depends on data, seed and step size alone. Only inside the step are pairs sorted and
+cut into micro-batches, which changes the cost of a step and nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import math
+import random
+from collections.abc import Sequence
+from typing import Literal
+
+Layout = Literal["packed", "padded"]
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(size: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """Return a permutation of `range(size)` that depends on size, seed and epoch alone."""
+    order = list(range(size))
+    random.Random(f"order {seed} {epoch}").shuffle(order)
+    return tuple(order)
+
+
+def count_steps(size: int, pairs_per_step: int) -> int:
+    """Return the steps of one epoch; the last one may be smaller."""
+    return math.ceil(size / pairs_per_step)
+
+
+def step_batch(size: int, pairs_per_step: int, seed: int, step: int) -> tuple[int, ...]:
+    """Return the distinct pairs of 0-based `step`, counted through all epochs."""
+    epoch, position = divmod(step, count_steps(size, pairs_per_step))
+    return epoch_order(size, seed, epoch)[position * pairs_per_step : (position + 1) * pairs_per_step]
+
+
+def micro_batches(
+    lengths: Sequence[int], max_tokens: int, layout: Layout, world_size: int = 1
+) -> list[list[list[int]]]:
+    """Deal the texts of a step, or of a set to score, to ranks and micro-batches.
+
+    Args:
+        lengths: tokens of each text.
+        max_tokens: most tokens of a micro-batch, padding included; a text above it stands alone.
+        layout: `packed` balances the tokens of all micro-batches; `padded` puts texts of like length together.
+        world_size: number of ranks.
+
+    Returns:
+        [rank][micro-batch] -> positions in `lengths`. Every position stands exactly once; every rank has the same number
+        of micro-batches, and some of them may be empty where texts are fewer than ranks.
+    """
+    if layout == "padded":
+        bins = _cut_padded(lengths, max_tokens)
+    else:
+        count = math.ceil(sum(lengths) / max_tokens / world_size) * world_size
+        while (bins := _balance(lengths, max_tokens, count)) is None:
+            count += world_size
+    bins.sort(key=lambda members: -sum(lengths[i] for i in members))
+    bins.extend([] for _ in range(-len(bins) % world_size))
+    return [bins[rank::world_size] for rank in range(world_size)]
+
+
+def _cut_padded(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    bins: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not bins or (len(bins[-1]) + 1) * lengths[bins[-1][0]] > max_tokens:
+            bins.append([])
+        bins[-1].append(i)
+    return bins
+
+
+def _balance(lengths: Sequence[int], max_tokens: int, count: int) -> list[list[int]] | None:
+    """Longest text first into the emptiest of `count` bins; None where a bin overflows that holds several texts."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    heap = [(0, index) for index in range(count)]
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        tokens, index = heapq.heappop(heap)
+        if bins[index] and tokens + lengths[i] > max_tokens:
+            return None
+        bins[index].append(i)
+        heapq.heappush(heap, (tokens + lengths[i], index))
+    return bins

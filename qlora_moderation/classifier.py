@@ -1,0 +1,281 @@
+"""A model together with everything needed to use it: tokenizer, taxonomy, thresholds, layout.
+
+In: a training configuration, or a directory that training or merging wrote. Out: a `Classifier`. Steps 6, 10 and 11.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors import safe_open
+from transformers import PreTrainedTokenizerBase
+
+from qlora_moderation import backbone as bb
+from qlora_moderation.adapter import add_lora, load_adapter, replace_head, set_label_names
+from qlora_moderation.batching import Layout
+from qlora_moderation.config import TrainConfig
+from qlora_moderation.errors import CheckpointError
+from qlora_moderation.metadata import ModelMetadata, Quantization, load_metadata, read_json
+from qlora_moderation.model import ModerationModel
+from qlora_moderation.taxonomy import Taxonomy
+from qlora_moderation.thresholds import Thresholds, load_thresholds
+from qlora_moderation.tokenization import TextEncoder, choose_pad_token, prepare_for_stock_use
+
+ADAPTER_FILE = "adapter_config.json"
+DEFAULT_MAX_LENGTH = 512
+
+
+@dataclasses.dataclass
+class Classifier:
+    """A moderation classifier, ready to be trained, scored or saved.
+
+    Attributes:
+        model: the module with the one forward.
+        tokenizer: the stock tokenizer, with its pad token set.
+        encoder: turns pairs into ids.
+        metadata: what the outputs mean and where the model comes from.
+        thresholds: the one threshold truth.
+        layout: how micro-batches are laid out.
+        layout_reason: why.
+        grown_embedding_rows: rows of the embedding where it had to grow for the pad token.
+    """
+
+    model: ModerationModel
+    tokenizer: PreTrainedTokenizerBase
+    encoder: TextEncoder
+    metadata: ModelMetadata
+    thresholds: Thresholds
+    layout: Layout
+    layout_reason: str = ""
+    grown_embedding_rows: int | None = None
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills padded rows."""
+        return int(self.tokenizer.pad_token_id)
+
+    @property
+    def taxonomy(self) -> Taxonomy:
+        """Categories and template."""
+        return self.metadata.taxonomy
+
+    def save(self, directory: Path, metadata: ModelMetadata, write_more: Callable[[Path], None] | None = None) -> None:
+        """Write adapter or full model with tokenizer, thresholds and metadata; the directory appears whole or not at all.
+
+        Args:
+            directory: replaced where it exists.
+            metadata: written beside the weights.
+            write_more: called with the unfinished directory, to add files such as the card.
+        """
+        with replaced_whole(directory) as unfinished:
+            network = self.model.network
+            with bb.quiet():
+                if isinstance(network, PeftModel):
+                    network.save_pretrained(str(unfinished), save_embedding_layers=False)
+                else:
+                    network.save_pretrained(str(unfinished), max_shard_size="2GB")
+            self.tokenizer.save_pretrained(str(unfinished))
+            metadata.save(unfinished)
+            self.thresholds.save(unfinished, self.taxonomy)
+            if write_more is not None:
+                write_more(unfinished)
+
+
+@contextlib.contextmanager
+def replaced_whole(directory: Path) -> Iterator[Path]:
+    """Yield a fresh directory beside `directory` that takes its place when the block ends without an error."""
+    unfinished = directory.with_name(f".{directory.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be written ({error.strerror}); give another directory") from None
+    try:
+        yield unfinished
+        old = directory.with_name(f".{directory.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if directory.exists():
+            directory.rename(old)
+        unfinished.rename(directory)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def choose_device(use_cpu: bool) -> torch.device:
+    """Return the current CUDA device where there is one and it is wanted, else the CPU."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available() and not use_cpu
+        else torch.device("cpu")
+    )
+
+
+def _open_tokenizer(
+    name: str, revision: str | None, taxonomy: Taxonomy, max_length: int
+) -> tuple[PreTrainedTokenizerBase, TextEncoder]:
+    tokenizer = bb.load_tokenizer(name, revision)
+    tokenizer.pad_token = choose_pad_token(tokenizer)  # a token that is not in the vocabulary yet is added
+    encoder = TextEncoder(tokenizer, taxonomy, max_length)
+    prepare_for_stock_use(tokenizer, encoder)
+    return tokenizer, encoder
+
+
+def _check_max_length(spec: bb.BackboneSpec, max_length: int) -> None:
+    limit = getattr(spec.config, "max_position_embeddings", None)
+    if limit is not None and spec.config.model_type in ("roberta", "xlm-roberta", "camembert"):
+        limit -= 2  # positions start behind the padding index
+    if limit is not None and max_length > limit:
+        raise CheckpointError(f"{spec.name}: reads at most {limit} tokens; lower --max_length {max_length}")
+
+
+def build_classifier(
+    config: TrainConfig, taxonomy: Taxonomy, device: torch.device, log: Callable[[str], None] = print
+) -> Classifier:
+    """Open the backbone that a training run starts from and make it trainable by its method.
+
+    Raises:
+        ModerationError: backbone, tokenizer and options do not go together.
+    """
+    spec = bb.inspect_backbone(config.model_name_or_path, config.model_revision)
+    if spec.kind == "encoder" and config.method == "qlora":
+        raise CheckpointError(f"{spec.name}: is an encoder; --method qlora is for decoders, use lora or full")
+    _check_max_length(spec, config.max_length)
+    compute_dtype = bb.choose_dtype(config.dtype, device)
+    # full training keeps fp32 master weights and computes in bfloat16 under autocast
+    weights_dtype = torch.float32 if config.method == "full" else compute_dtype
+    layout, reason = bb.choose_layout(spec, config.layout, config.max_length, config.backbone_dropout)
+    tokenizer, encoder = _open_tokenizer(config.model_name_or_path, config.model_revision, taxonomy, config.max_length)
+    quantization = None
+    if config.method == "qlora":
+        quantization = Quantization(config.bnb_4bit_use_double_quant, str(compute_dtype).removeprefix("torch."))
+    loaded = bb.load_backbone(spec, None, weights_dtype, device, layout, quantization, config.backbone_dropout)
+    network: Any = loaded.model
+    rows = bb.fit_pad_token(network, int(tokenizer.pad_token_id))
+    if rows is not None:
+        log(f"pad token: {tokenizer.pad_token} is new, the embedding grew by one zero row")
+    for line in replace_head(network, taxonomy.categories, config.seed):
+        log(line)
+    if config.method != "full":
+        network = add_lora(network, spec, config, loaded.new_modules)
+    if config.gradient_checkpointing:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    metadata = ModelMetadata(
+        taxonomy=taxonomy,
+        max_length=config.max_length,
+        method=config.method,
+        kind="full" if config.method == "full" else "adapter",
+        base_model=_resolve_name(config.model_name_or_path),
+        base_revision=getattr(spec.config, "_commit_hash", None) or config.model_revision,
+        pad_token=tokenizer.pad_token,
+        quantization=quantization,
+        long_text=config.long_text,
+    )
+    if isinstance(network, PeftModel):
+        settings = network.peft_config["default"]
+        settings.base_model_name_or_path, settings.revision = metadata.base_model, metadata.base_revision
+    model = ModerationModel(network, spec.kind == "encoder", _autocast_dtype(compute_dtype, device))
+    return Classifier(model, tokenizer, encoder, metadata, Thresholds.default(taxonomy), layout, reason, rows)
+
+
+def _resolve_name(name: str) -> str:
+    """Make the path of a local base absolute, so that its adapter finds it from anywhere."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def _autocast_dtype(compute_dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
+    return None if compute_dtype == torch.float32 or device.type != "cuda" else compute_dtype
+
+
+def load_classifier(
+    path: str | Path,
+    dtype: str = "auto",
+    use_cpu: bool = False,
+    layout: str = "auto",
+    max_length: int | None = None,
+    base_model: str | None = None,
+) -> Classifier:
+    """Open an adapter, full or merged directory for scoring; everything else is read from the directory.
+
+    Args:
+        path: the directory.
+        dtype: compute type: auto, float32 or bfloat16.
+        use_cpu: stay on the CPU.
+        layout: auto, packed or padded.
+        max_length: longest text in tokens, when it shall differ from the model's own.
+        base_model: where an adapter's base lies now, when it has moved.
+
+    Raises:
+        ModerationError: no such model, or its files do not go together.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise CheckpointError(f"{path}: no such directory; give an adapter, full or merged model directory")
+    device = choose_device(use_cpu)
+    compute_dtype = bb.choose_dtype(dtype, device)
+    metadata = load_metadata(directory)
+    is_adapter = (directory / ADAPTER_FILE).is_file()
+    if is_adapter:
+        if metadata is None:
+            raise CheckpointError(f"{path}: an adapter without moderation_config.json; its meaning is unknown")
+        settings = PeftConfig.from_pretrained(str(directory))
+        name = base_model or str(settings.base_model_name_or_path)
+        if Path(name).is_absolute() and not Path(name).is_dir():
+            raise CheckpointError(f"{path}: its base model {name} is gone; name where it lies now")
+        spec = bb.inspect_backbone(name, settings.revision)
+    else:
+        spec = bb.inspect_backbone(str(directory))
+        if metadata is None:
+            metadata = _guess_metadata(spec)
+    taxonomy = metadata.taxonomy
+    length = max_length or metadata.max_length
+    _check_max_length(spec, length)
+    chosen, reason = bb.choose_layout(spec, layout, length)
+    tokenizer, encoder = _open_tokenizer(str(directory), None, taxonomy, length)
+    quantization = metadata.quantization if is_adapter else None
+    stored = len(taxonomy.categories)
+    if not is_adapter and len(spec.config.id2label) != stored:
+        raise CheckpointError(f"{path}: its config.json has {len(spec.config.id2label)} labels, its taxonomy {stored}")
+    loaded = bb.load_backbone(spec, stored, compute_dtype, device, chosen, quantization)
+    network: Any = loaded.model
+    if not is_adapter and loaded.new_modules:
+        raise CheckpointError(f"{path}: holds no trained head ({', '.join(loaded.new_modules)} missing)")
+    rows = bb.fit_pad_token(network, int(tokenizer.pad_token_id))
+    if is_adapter:
+        set_label_names(network.config, taxonomy.categories)
+        network = load_adapter(network, directory)
+    elif spec.kind == "decoder":
+        _restore_head(network, directory)
+    network.requires_grad_(False)
+    model = ModerationModel(network, spec.kind == "encoder", _autocast_dtype(compute_dtype, device)).eval()
+    thresholds = load_thresholds(directory, taxonomy)
+    return Classifier(model, tokenizer, encoder, metadata, thresholds, chosen, reason, rows)
+
+
+def _guess_metadata(spec: bb.BackboneSpec) -> ModelMetadata:
+    """Take categories from `id2label`, and template and length from the original recipe."""
+    names = tuple(spec.config.id2label[i] for i in range(len(spec.config.id2label)))
+    labels_from: Any = "is_safe" if len(names) == 1 else "category"
+    taxonomy = Taxonomy(categories=names, labels_from=labels_from)
+    return ModelMetadata(taxonomy, DEFAULT_MAX_LENGTH, "full", "full", spec.name)
+
+
+def _restore_head(model: Any, directory: Path) -> None:
+    """Read the head again in fp32: a stock load rounds it to the type of the backbone."""
+    model.score.float()
+    index = directory / "model.safetensors.index.json"
+    files = {read_json(index)["weight_map"].get("score.weight")} if index.is_file() else {"model.safetensors"}
+    for name in files - {None}:
+        path = directory / name
+        if path.is_file():
+            with safe_open(path, framework="pt") as file, torch.no_grad():
+                model.score.weight.copy_(file.get_tensor("score.weight"))

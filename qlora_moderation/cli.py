@@ -1,0 +1,73 @@
+"""The only place that reads arguments: one entry for each job.
+
+In: a command line. Out: an exit code. 2 is a fault that the message says how to mend.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from qlora_moderation.config import EvaluateConfig, MergeConfig, TrainConfig
+from qlora_moderation.errors import ModerationError
+from qlora_moderation.options import build_parser, load_options
+
+
+def _run_train(config: TrainConfig) -> None:
+    from qlora_moderation.train import train
+
+    train(config)
+
+
+def _run_merge(config: MergeConfig) -> None:
+    from qlora_moderation.merge import merge_adapter
+
+    merge_adapter(config)
+
+
+def _run_evaluate(config: EvaluateConfig) -> None:
+    from qlora_moderation.evaluate import evaluate
+
+    evaluate(config)
+
+
+_JOBS: dict[str, tuple[type, Callable[[Any], None], str]] = {
+    "train": (TrainConfig, _run_train, "Train a QA-moderation classifier: LoRA, NF4 QLoRA, or all weights."),
+    "merge": (MergeConfig, _run_merge, "Merge an adapter and its head into a plain classifier, and prove it."),
+    "evaluate": (EvaluateConfig, _run_evaluate, "Evaluate a full, adapter or merged model on labelled or judged rows."),
+}
+
+
+def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run `train`, `merge` or `evaluate` with the given flags and return the exit code."""
+    config_class, job, description = _JOBS[name]
+    parser = build_parser(config_class, description, prog)
+    try:
+        config: Any = load_options(config_class, parser, sys.argv[1:] if argv is None else argv)
+        _silence_libraries()
+        job(config)
+    except ModerationError as error:
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+    return 0
+
+
+def _silence_libraries() -> None:
+    """Keep the log to what this library has to say: deprecations inside other libraries are not the user's to mend."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `qlora-moderation JOB FLAGS` and return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in _JOBS:
+        return run_job(arguments[0], arguments[1:], prog=f"qlora-moderation {arguments[0]}")
+    lines = ["usage: qlora-moderation JOB FLAGS; `qlora-moderation JOB --help` lists the flags", "", "jobs:"]
+    print("\n".join([*lines, *(f"  {name:10}{description}" for name, (_, _, description) in _JOBS.items())]))
+    return 0 if arguments in (["--help"], ["-h"]) else 2

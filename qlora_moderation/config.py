@@ -1,0 +1,188 @@
+"""Every knob of training, evaluation and merging, with transformers' and PEFT's own names.
+
+In: YAML and flags through `options`. Out: frozen dataclasses. Step 1 of the straight line; torch is never imported here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from qlora_moderation.options import option
+
+LORA_LEARNING_RATE = 2e-4
+FULL_LEARNING_RATE = 2e-5
+BASE_ALTERING_INITS = ("pissa", "olora", "corda", "loftq")
+"""LoRA initialisations that change the base weights, so that the adapter no longer belongs to the published base."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """What `scripts/train.py` reads."""
+
+    # model
+    model_name_or_path: str = option(help="backbone: a directory or a hub name")
+    model_revision: str | None = option(None, "revision of a backbone from the hub")
+    method: Literal["lora", "qlora", "full"] = option("lora", "LoRA, LoRA on an NF4 base, or all weights")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "compute type; auto: bfloat16 on CUDA, float32 on CPU"
+    )
+    max_length: int = option(512, "longest text in tokens", minimum=16)
+    taxonomy: str | None = option(None, "YAML file with categories and template; default BeaverTails' 14")
+    layout: Literal["auto", "packed", "padded"] = option("auto", "how a micro-batch is laid out")
+    backbone_dropout: float = option(0.0, "dropout inside the backbone", minimum=0.0, maximum=0.9)
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    use_cpu: bool = option(False, "stay on the CPU even when CUDA is there")
+
+    # LoRA
+    lora_r: int = option(16, "rank of the adapters", minimum=1)
+    lora_alpha: float = option(32.0, "scale of the adapters: alpha / r, or alpha / sqrt(r) with rsLoRA", above=0)
+    lora_dropout: float = option(0.0, "dropout on the adapters' input", minimum=0.0, maximum=0.9)
+    target_modules: tuple[str, ...] = option(("all-linear",), "layers that get an adapter")
+    use_rslora: bool = option(False, "rank-stabilised LoRA")
+    use_dora: bool = option(False, "weight-decomposed LoRA; slower")
+    init_lora_weights: str = option("true", "true or gaussian")
+    bnb_4bit_use_double_quant: bool = option(True, "quantise the NF4 constants as well (qlora)")
+
+    # data
+    train_data_name_or_path: str = option(help="`hub/name:split[@revision]` or a file; several joined with +")
+    eval_data_name_or_path: str | None = option(None, "validation data; default: hold prompts of the training data out")
+    validation_fraction: float | None = option(
+        None, "share of training pairs held out by prompt; default 0.05 when evaluating", minimum=0.0, maximum=0.5
+    )
+    on_bad_row: Literal["stop", "skip"] = option("stop", "what a broken row does")
+    long_text: Literal["window", "truncate"] = option("window", "scoring of texts beyond max_length")
+
+    # loop
+    output_dir: str = option(help="run directory")
+    overwrite_output_dir: bool = option(False, "replace what an earlier run left in output_dir")
+    num_train_epochs: float = option(3.0, "passes over the distinct pairs", above=0)
+    max_steps: int = option(-1, "stop after this many steps; -1: by epochs", minimum=-1)
+    per_device_train_batch_size: int = option(16, "pairs a step, for each accumulation step and process", minimum=1)
+    per_device_eval_batch_size: int = option(16, "accepted; scoring is batched by tokens instead", minimum=1)
+    gradient_accumulation_steps: int = option(1, "multiplies the pairs of a step", minimum=1)
+    max_tokens_per_micro_batch: int | None = option(
+        None, "token budget of one forward; default 2048 on CPU, 16384 on CUDA, at least max_length", minimum=1
+    )
+    learning_rate: float | None = option(
+        None, f"default {LORA_LEARNING_RATE} for lora and qlora, {FULL_LEARNING_RATE} for full", above=0
+    )
+    weight_decay: float = option(0.0, "on matrices only", minimum=0)
+    warmup_ratio: float = option(0.03, "share of the steps with a rising rate", minimum=0, maximum=1)
+    warmup_steps: int = option(0, "wins over warmup_ratio when above 0", minimum=0)
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = option("cosine", "schedule")
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = option(
+        "adamw_torch", "optimiser; the 8-bit and paged ones are bitsandbytes'"
+    )
+    adam_beta1: float = option(0.9, "first-moment decay", minimum=0, maximum=0.999999)
+    adam_beta2: float = option(0.999, "second-moment decay", minimum=0, maximum=0.999999)
+    adam_epsilon: float = option(1e-8, "added to the denominator", above=0)
+    max_grad_norm: float = option(1.0, "gradient norm above which it is scaled down; 0: never", minimum=0)
+    seed: int = option(42, "of order, head, adapters, splits", minimum=0)
+    eval_strategy: Literal["no", "steps", "epoch"] = option(
+        "epoch", "when to evaluate", aliases=("evaluation_strategy",)
+    )
+    eval_steps: int | None = option(None, "steps between evaluations; default logging_steps", minimum=1)
+    metric_for_best_model: str = option("micro/average_precision", "metric that picks the adapter; higher is better")
+    save_strategy: Literal["no", "steps", "epoch"] = option("no", "when to write a checkpoint")
+    save_steps: int = option(500, "steps between checkpoints", minimum=1)
+    save_total_limit: int | None = option(None, "checkpoints kept", minimum=1)
+    logging_steps: int = option(10, "steps between lines", minimum=1)
+    report_to: tuple[str, ...] = option(("none",), "tensorboard, wandb, trackio or none")
+    bf16: bool | None = option(None, "True: bfloat16 where the device is CUDA and has it")
+    tf32: bool | None = option(None, "TensorFloat-32 products on CUDA")
+    fsdp: str | None = option(None, "`full_shard auto_wrap`: shard over the processes")
+    fsdp_transformer_layer_cls_to_wrap: str | None = option(None, "decoder layer class; found by itself")
+    dry_run: bool = option(False, "do everything up to the first step, show it, and exit")
+
+    @property
+    def resolved_learning_rate(self) -> float:
+        """The rate given, or the method's default."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return FULL_LEARNING_RATE if self.method == "full" else LORA_LEARNING_RATE
+
+    @property
+    def holds_out(self) -> float:
+        """Share of the training pairs to hold out as validation data."""
+        if self.validation_fraction is not None:
+            return self.validation_fraction
+        return 0.0 if self.eval_data_name_or_path or self.eval_strategy == "no" else 0.05
+
+    def find_faults(self) -> list[str]:
+        """Return contradictions between options, each with its remedy."""
+        faults = []
+        init = self.init_lora_weights.lower()
+        if init.startswith(BASE_ALTERING_INITS):
+            faults.append(
+                f"--init_lora_weights {init}: changes the base weights, so the adapter would not fit the base that it "
+                "names and could not be merged faithfully; use true or gaussian"
+            )
+        elif init not in ("true", "gaussian"):
+            faults.append(f"--init_lora_weights {init}: allowed: true, gaussian")
+        budget = self.max_tokens_per_micro_batch
+        if budget is not None and budget < self.max_length:
+            faults.append(
+                f"--max_tokens_per_micro_batch {budget}: is below --max_length {self.max_length}, so that a long text "
+                "would fit no micro-batch; raise it or lower max_length"
+            )
+        if self.eval_strategy == "no" and self.validation_fraction:
+            faults.append("--validation_fraction holds pairs out, but --eval_strategy no never uses them; drop one")
+        if self.eval_data_name_or_path and self.validation_fraction:
+            faults.append("--validation_fraction and --eval_data_name_or_path both name validation data; drop one")
+        if self.validation_fraction == 0 and self.eval_strategy != "no" and not self.eval_data_name_or_path:
+            faults.append("--validation_fraction 0 leaves nothing to evaluate; add --eval_strategy no")
+        if self.bf16 and self.dtype == "float32":
+            faults.append("--bf16 True contradicts --dtype float32; drop one")
+        if self.method == "full" and self.use_dora:
+            faults.append("--use_dora needs --method lora or qlora")
+        unknown = set(self.report_to) - {"none", "tensorboard", "wandb", "trackio"}
+        if unknown:
+            faults.append(f"--report_to {' '.join(sorted(unknown))}: allowed: tensorboard, wandb, trackio, none")
+        return faults
+
+    def advice(self) -> list[str]:
+        """Return lines worth reading that stop nothing."""
+        lines = []
+        if self.method != "full" and self.resolved_learning_rate < 5e-5:
+            lines.append(
+                f"learning_rate {self.resolved_learning_rate:g} is low for {self.method}: LoRA wants about ten times a "
+                f"full fine-tuning rate; the default is {LORA_LEARNING_RATE:g}"
+            )
+        return lines
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """What `scripts/evaluate.py` reads."""
+
+    model_path: str = option(help="full model, adapter or merged directory")
+    eval_dataset: str = option(
+        help="labelled rows, or rows with model and flagged {moderator: bool}", aliases=("eval_data_name_or_path",)
+    )
+    output_dir: str = option(help="where predictions, metrics, figures and report go")
+    train_data_name_or_path: str | None = option(None, "training rows, for the TF-IDF baselines")
+    max_length: int | None = option(None, "longest text in tokens; default the model's", minimum=16)
+    long_text: Literal["window", "truncate"] | None = option(None, "texts beyond max_length; default the model's")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "compute type; auto: bfloat16 on CUDA, float32 on CPU"
+    )
+    max_tokens_per_micro_batch: int | None = option(None, "token budget of one forward", minimum=1)
+    on_bad_row: Literal["stop", "skip"] = option("stop", "what a broken row does")
+    use_cpu: bool = option(False, "stay on the CPU even when CUDA is there")
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeConfig:
+    """What `scripts/merge_adapter.py` reads."""
+
+    adapter_path: str = option(help="adapter directory written by training")
+    output_dir: str = option(help="where the merged model goes")
+    base: Literal["auto", "dequantized", "original"] = option(
+        "auto", "weights to merge into; auto: dequantized for qlora, original for lora"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "type of the written backbone; auto: the base checkpoint's own"
+    )
+    overwrite: bool = option(False, "replace an existing output_dir")
+    use_cpu: bool = option(False, "stay on the CPU even when CUDA is there")

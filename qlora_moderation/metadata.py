@@ -1,0 +1,100 @@
+"""What a model carries with its weights: taxonomy, lengths, base, quantisation, training data.
+
+In and out: `moderation_config.json` beside the weights, which every later stage reads. Thresholds have a file of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from qlora_moderation.errors import CheckpointError, ConfigError
+from qlora_moderation.taxonomy import Taxonomy
+
+METADATA_FILE = "moderation_config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """NF4 settings that an adapter was trained against.
+
+    `weights_dtype` is the type in which the base weights were read before rounding and in which they come back: the same
+    base rounded from another type gives other weights.
+    """
+
+    double_quant: bool = True
+    weights_dtype: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelMetadata:
+    """The meaning of a classifier's outputs and where the classifier comes from."""
+
+    taxonomy: Taxonomy
+    max_length: int
+    method: Literal["lora", "qlora", "full"]
+    kind: Literal["adapter", "full", "merged"]
+    base_model: str
+    base_revision: str | None = None
+    pad_token: str | None = None
+    quantization: Quantization | None = None
+    long_text: Literal["window", "truncate"] = "window"
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready mapping."""
+        return {**dataclasses.asdict(self), "taxonomy": self.taxonomy.to_dict()}
+
+    def save(self, directory: Path) -> None:
+        """Write `moderation_config.json` into `directory`."""
+        write_json(directory / METADATA_FILE, self.to_dict())
+
+
+def load_metadata(directory: Path) -> ModelMetadata | None:
+    """Read `moderation_config.json`; None where there is none (a model that another project made).
+
+    Raises:
+        CheckpointError: the file is there and cannot be understood.
+    """
+    path = directory / METADATA_FILE
+    if not path.is_file():
+        return None
+    values = read_json(path)
+    try:
+        quantization = values.pop("quantization")
+        taxonomy = Taxonomy.from_dict(values.pop("taxonomy"), source=str(path))
+        return ModelMetadata(
+            taxonomy=taxonomy, quantization=Quantization(**quantization) if quantization else None, **values
+        )
+    except (ConfigError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: is not readable as model metadata ({error}); copy it again") from None
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        CheckpointError: it is missing, truncated or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is not valid JSON ({error}); copy it again") from None
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a JSON file whole: beside its place first, then renamed."""
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole: beside its place first, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)

@@ -1,0 +1,71 @@
+"""The one forward: micro-batch → last token of each text → logits in fp32.
+
+In: a `MicroBatch`. Out: logits [S, C]. Step 6 of the straight line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from qlora_moderation.layout import MicroBatch
+
+
+class ModerationModel(nn.Module):
+    """Backbone, pooling and head as one module, the root that is trained, sharded and scored.
+
+    Args:
+        network: a stock sequence classifier, or PEFT's wrapper around one.
+        is_encoder: run the stock forward of a BERT-like network instead of pooling the last token.
+        autocast_dtype: type of the backbone's products under autocast; None: no autocast.
+    """
+
+    def __init__(
+        self, network: PreTrainedModel | PeftModel, is_encoder: bool, autocast_dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.is_encoder = is_encoder
+        self.autocast_dtype = autocast_dtype
+
+    @property
+    def classifier(self) -> PreTrainedModel:
+        """The stock classifier, without PEFT's wrapper."""
+        return self.network.get_base_model() if isinstance(self.network, PeftModel) else self.network
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(self.parameters()).device
+
+    def forward(self, batch: MicroBatch) -> torch.Tensor:
+        """Return logits [S, C] in fp32; the head runs outside autocast, on the pooled tokens only."""
+        classifier = self.classifier
+        if self.is_encoder:
+            with self._autocast():
+                output = classifier(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            return output.logits.float()
+        backbone = getattr(classifier, classifier.base_model_prefix)
+        borders = {} if batch.segments is None else {"segments": batch.segments}
+        with self._autocast():
+            # a cache or an all-ones mask would switch packing off in transformers without a word
+            hidden = backbone(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                attention_mask=batch.attention_mask,
+                use_cache=False,
+                **borders,
+            ).last_hidden_state
+        rows = 0 if batch.segments is not None else torch.arange(len(batch.last), device=hidden.device)
+        pooled = hidden[rows, batch.last]
+        with torch.autocast(pooled.device.type, enabled=False):
+            return classifier.score(pooled.float())
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)

@@ -1,0 +1,217 @@
+"""Defaults ← YAML file ← command-line flags, for any dataclass of options.
+
+In: a dataclass whose fields are made with `option`, and a command line. Out: a checked instance. Step 1 of the straight
+line. All faults are collected and reported at once, and nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import yaml
+
+from qlora_moderation.errors import ConfigError
+
+T = TypeVar("T")
+_TRUE = {"true", "yes", "on", "1"}
+_FALSE = {"false", "no", "off", "0"}
+
+
+def option(default: Any = dataclasses.MISSING, help: str = "", **checks: Any) -> Any:
+    """Return a dataclass field with help text and checks.
+
+    Args:
+        default: the default; without one the option is required.
+        help: one line for `--help`.
+        checks: `minimum`, `maximum` (inclusive bounds), `above` (exclusive lower bound), `aliases` (other names).
+    """
+    metadata = {"help": help, "required": default is dataclasses.MISSING, **checks}
+    return dataclasses.field(default=None if default is dataclasses.MISSING else default, metadata=metadata)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error instead of a silent overwrite."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        repeated = next((key for index, key in enumerate(keys) if key in keys[:index]), None)
+        if repeated is not None:
+            raise yaml.YAMLError(f"key {repeated} stands twice")
+        return super().construct_mapping(node, deep=deep)
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path}: must hold `key: value` lines, found a {type(values).__name__}")
+    return {str(key): value for key, value in values.items()}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ` (did you mean X?)` for the nearest known name, or nothing when none is near."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+def _convert(value: Any, annotation: Any) -> Any:
+    """Turn a YAML value or the text of a flag into the annotated type; `ValueError` says what is allowed."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            return None
+        return _convert(value, next(argument for argument in arguments if argument is not type(None)))
+    if origin is Literal:
+        text = (
+            {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
+        )  # YAML 1.1 reads a bare no as False
+        if text not in arguments:
+            raise ValueError(f"allowed: {', '.join(map(str, arguments))}{nearest(str(value), map(str, arguments))}")
+        return text
+    if origin is tuple:
+        items = value if isinstance(value, list | tuple) else str(value).replace(",", " ").split()
+        return tuple(_convert(item, arguments[0]) for item in items)
+    if annotation is bool:
+        text = str(value).lower()
+        if text not in _TRUE | _FALSE:
+            raise ValueError("expected True or False")
+        return text in _TRUE
+    if annotation is int:
+        if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+            raise ValueError("expected a whole number")
+        try:
+            return int(value)
+        except (TypeError, ValueError):
+            raise ValueError("expected a whole number") from None
+    if annotation is float:
+        try:
+            number = float("nan") if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            number = float("nan")
+        if not abs(number) < float("inf"):
+            raise ValueError("expected a finite number")
+        return number
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
+        raise ValueError("expected text")
+    return str(value)
+
+
+def _check_bounds(value: Any, checks: typing.Mapping[str, Any]) -> str | None:
+    if value is None or isinstance(value, str | tuple):
+        return None
+    if "minimum" in checks and value < checks["minimum"]:
+        return f"must be at least {checks['minimum']}"
+    if "above" in checks and value <= checks["above"]:
+        return f"must be above {checks['above']}"
+    if "maximum" in checks and value > checks["maximum"]:
+        return f"must be at most {checks['maximum']}"
+    return None
+
+
+def build_parser(cls: type, description: str, prog: str | None = None) -> argparse.ArgumentParser:
+    """Return an argument parser with one flag for each field of `cls`, and `--config`."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    parser.add_argument("--config", metavar="YAML", help="file with `key: value` lines; flags win over it")
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        annotation = hints[field.name]
+        names = [f"--{name}" for name in (field.name, *field.metadata.get("aliases", ()))]
+        shown = "required" if field.metadata["required"] else f"default: {field.default}"
+        if typing.get_origin(annotation) is Literal:
+            shown = f"{' | '.join(map(str, typing.get_args(annotation)))}; {shown}"
+        text = f"{field.metadata['help']} ({shown})".replace("%", "%%")
+        arity: dict[str, Any] = {"nargs": "?", "const": _BARE}
+        if typing.get_origin(annotation) is tuple:
+            arity = {"nargs": "+"}
+        parser.add_argument(*names, dest=field.name, help=text, metavar="X", **arity)
+    return parser
+
+
+_BARE = "\0bare"  # a flag without a value: `--gradient_checkpointing`
+
+
+def load_options(cls: type[T], parser: argparse.ArgumentParser, argv: Sequence[str]) -> T:
+    """Fill `cls` from defaults, then the YAML file named by `--config`, then flags.
+
+    `cls` may define `find_faults(self) -> list[str]` for checks over several fields; it runs when every single value is
+    valid, or else its faults would repeat theirs.
+
+    Raises:
+        ConfigError: names every unknown key (with the nearest known one), every wrong value and every contradiction.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    aliases = {alias: name for name, field in fields.items() for alias in field.metadata.get("aliases", ())}
+    hints = typing.get_type_hints(cls)
+    faults: list[str] = []
+
+    parsed, unknown = parser.parse_known_args(list(argv))
+    flags = vars(parsed)
+    for name in unknown:
+        if name.startswith("--"):
+            key = name[2:].split("=")[0]
+            faults.append(f"unknown flag --{key}{nearest(key, [*fields, *aliases, 'config'])}")
+        elif not any(earlier.startswith("--") for earlier in unknown[: unknown.index(name)]):
+            faults.append(f"unexpected argument {name!r}; every option is a flag, see --help")
+
+    given: dict[str, tuple[str, Any]] = {}
+    path = flags.pop("config", None)
+    if path is not None:
+        values: dict[str, Any] = {}
+        try:
+            values = _read_yaml(path)
+        except ConfigError as error:
+            faults.append(str(error))
+        for key, value in values.items():
+            name = aliases.get(key, key)
+            if name in fields:
+                given[name] = (f"{path}: {key}", value)
+            else:
+                faults.append(f"{path}: unknown key {key}{nearest(key, [*fields, *aliases])}")
+    given.update({name: (f"--{name}", value) for name, value in flags.items()})
+
+    resolved: dict[str, Any] = {}
+    for name, (place, value) in given.items():
+        if value == _BARE:
+            if hints[name] is not bool and bool not in typing.get_args(hints[name]):
+                faults.append(f"{place}: needs a value")
+                continue
+            value = True
+        try:
+            resolved[name] = _convert(value, hints[name])
+        except ValueError as error:
+            faults.append(f"{place}: {value!r} is not valid, {error}")
+            continue
+        fault = _check_bounds(resolved[name], fields[name].metadata)
+        if fault:
+            faults.append(f"{place}: {value} is not valid, {fault}")
+    for name, field in fields.items():
+        if field.metadata["required"] and name not in given:
+            faults.append(f"--{name} is missing: {field.metadata['help']}")
+
+    if not faults:
+        config = cls(**resolved)
+        faults = getattr(config, "find_faults", list)()
+        if not faults:
+            return config
+    raise ConfigError("\n".join(faults))
+
+
+def dump_options(config: Any) -> str:
+    """Return the YAML text of a resolved configuration; `load_options` reads it back."""
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(config).items()}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

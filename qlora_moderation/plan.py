@@ -1,0 +1,151 @@
+"""What a run will do, before its first step: data, steps, budgets, and a word on each.
+
+In: a configuration and a classifier. Out: `Material` and `Plan`, announced in the log. Steps 2 to 5.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qlora_moderation.audit import compute_audit, describe_audit
+from qlora_moderation.batching import count_steps, step_batch
+from qlora_moderation.classifier import Classifier
+from qlora_moderation.config import TrainConfig
+from qlora_moderation.data import Pairs, load_pairs, split_by_prompt
+from qlora_moderation.memory import count_weights, describe_static_memory
+from qlora_moderation.optim import warmup_steps
+from qlora_moderation.scoring import default_token_budget
+
+Log = Callable[[str], None]
+
+
+@dataclasses.dataclass
+class Material:
+    """What a run learns from and is judged on.
+
+    Attributes:
+        training: N labelled pairs.
+        validation: labelled pairs, or None.
+        ids: N token-id arrays of the training pairs.
+        warnings: lines that report and card repeat.
+        audit: see `audit.compute_audit`.
+    """
+
+    training: Pairs
+    validation: Pairs | None
+    ids: list[np.ndarray]
+    warnings: list[str]
+    audit: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The numbers that follow from configuration and data."""
+
+    pairs_per_step: int
+    steps_per_epoch: int
+    total_steps: int
+    token_budget: int
+    eval_steps: int | None
+
+
+def load_material(config: TrainConfig, classifier: Classifier, log: Log) -> Material:
+    """Load, split, tokenise and audit the data.
+
+    Raises:
+        DataError: see `data.load_pairs`.
+    """
+    taxonomy, encoder = classifier.taxonomy, classifier.encoder
+    training = load_pairs(config.train_data_name_or_path, taxonomy, config.on_bad_row, log, need_labels=True)
+    validation, warnings = None, []
+    if config.eval_data_name_or_path:
+        spec = config.eval_data_name_or_path
+        validation = load_pairs(spec, taxonomy, config.on_bad_row, log, need_labels=True)
+        if config.eval_strategy != "no" and "test" in Path(spec).name.lower():
+            warnings.append(
+                f"the best weights are selected on {Path(spec).name}, by its name a test split: its metrics are no estimate "
+                "for new data"
+            )
+    elif config.holds_out:
+        training, validation = split_by_prompt(training, config.holds_out, config.seed)
+        log(
+            f"validation: {len(validation)} pairs of whole prompts held out of the training data ({config.holds_out:.0%})"
+        )
+    lengths = np.array(encoder.count_tokens(training.prompts, training.responses))
+    audit = compute_audit(training, taxonomy, lengths, config.max_length, validation)
+    windows = encoder.encode(training.prompts, training.responses)
+    ids = [np.array(window.ids, dtype=np.int32) for window in windows]
+    return Material(training, validation, ids, warnings, audit)
+
+
+def build_plan(config: TrainConfig, pairs: int, device: torch.device) -> Plan:
+    """Derive steps and budgets."""
+    pairs_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    steps_per_epoch = count_steps(pairs, pairs_per_step)
+    by_epochs = max(1, math.ceil(config.num_train_epochs * steps_per_epoch))
+    budget = config.max_tokens_per_micro_batch or default_token_budget(device, config.max_length)
+    every = {"no": None, "epoch": steps_per_epoch, "steps": config.eval_steps or config.logging_steps}
+    total = config.max_steps if config.max_steps > 0 else by_epochs
+    return Plan(pairs_per_step, steps_per_epoch, total, budget, every[config.eval_strategy])
+
+
+def apply_bf16(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """Let `--bf16` decide the compute type where `--dtype` does not."""
+    if config.bf16 is None or config.dtype != "auto" or device.type != "cuda":
+        return config
+    return dataclasses.replace(config, dtype="bfloat16" if config.bf16 else "float32")
+
+
+def find_inapplicable(config: TrainConfig, device: torch.device) -> list[str]:
+    """Say which flags of the original recipe do nothing here."""
+    lines = []
+    if device.type != "cuda":
+        lines += [
+            f"--{name} has no effect on the CPU, which computes in float32; going on"
+            for name in ("bf16", "tf32")
+            if getattr(config, name)
+        ]
+    if config.fsdp:
+        lines.append("--fsdp has no effect with one process; going on unsharded")
+    return lines
+
+
+def announce(config: TrainConfig, classifier: Classifier, material: Material, plan: Plan, log: Log) -> None:
+    """Print every derived value with its reason."""
+    model = classifier.model
+    trainable, everything = count_weights(model)
+    tokens = sum(map(len, material.ids))
+    warmup = warmup_steps(config, plan.total_steps)
+    compute = model.autocast_dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
+    for line in [*describe_audit(material.audit), *(f"warning: {warning}" for warning in material.warnings)]:
+        log(line)
+    log(f"method {config.method} on {model.device}, compute type {str(compute).removeprefix('torch.')}")
+    log(f"layout {classifier.layout}: {classifier.layout_reason}; at most {plan.token_budget} tokens a micro-batch")
+    log(
+        f"pairs a step {plan.pairs_per_step} = per_device_train_batch_size {config.per_device_train_batch_size} x "
+        f"gradient_accumulation_steps {config.gradient_accumulation_steps} x 1 process"
+    )
+    log(
+        f"steps {plan.total_steps} ({'max_steps' if config.max_steps > 0 else f'{config.num_train_epochs:g} epochs'} of "
+        f"{plan.steps_per_epoch} steps and {tokens:,} tokens each), {config.lr_scheduler_type} to "
+        f"{config.resolved_learning_rate:g} with {warmup} steps of warm-up"
+    )
+    log(f"trainable {trainable:,} of {everything:,} weights ({trainable / everything:.2%})")
+    log(describe_static_memory(model, config.optim))
+
+
+def show_first_pair(config: TrainConfig, classifier: Classifier, material: Material, plan: Plan, log: Log) -> None:
+    """Print the first pair of the first step as the model reads it, with its labels."""
+    first = step_batch(len(material.ids), plan.pairs_per_step, config.seed, 0)[0]
+    assert material.training.labels is not None
+    votes = zip(classifier.taxonomy.categories, material.training.labels[first], strict=True)
+    labels = ", ".join(f"{name} {vote:.2f}" for name, vote in votes if vote) or "none"
+    log(f"first pair ({material.training.places[first]}): {classifier.tokenizer.decode(material.ids[first])}")
+    log(f"its labels: {labels}; annotations: {material.training.weight[first]}; tokens: {len(material.ids[first])}")

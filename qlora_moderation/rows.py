@@ -1,0 +1,193 @@
+"""Raw rows of a data set, each with the place it stands at.
+
+In: a data spec. Out: an iterator over (place, mapping or the reason why there is none). First half of step 2.
+
+Hub sets go through `datasets`, Parquet through pyarrow. JSON and CSV are read with the standard library: a broken row
+must be named by its line, and reading must be able to go on behind it; pyarrow's readers do neither.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qlora_moderation.errors import DataError
+
+FILE_ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
+BEAVERTAILS = "PKU-Alignment/BeaverTails"
+_ORIGINAL_SPLITS = {"train": "30k_train", "test": "30k_test"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One part of a data spec: a file, or one split of a hub set."""
+
+    name: str
+    split: str | None = None
+    revision: str | None = None
+    note: str | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.split is None else f"{self.name}:{self.split}"
+
+
+def parse_spec(spec: str) -> list[Source]:
+    """Split `a+b` into its sources; each is a file or `hub/name:split[@revision]`.
+
+    Raises:
+        DataError: a file that does not exist, or a hub name without a split.
+    """
+    if Path(spec).is_file():
+        return [_parse_source(spec)]
+    return [_parse_source(part.strip()) for part in spec.split("+")]
+
+
+def _parse_source(part: str) -> Source:
+    path = Path(part)
+    if path.suffix.lower() in FILE_ENDINGS:
+        if not path.is_file():
+            raise DataError(f"{part}: {'is a directory' if path.is_dir() else 'no such file'}; give the path of a file")
+        return Source(part)
+    match = re.fullmatch(r"(?P<name>[\w.-]+(?:/[\w.-]+)?):(?P<split>[^@\s]+)(?:@(?P<revision>\S+))?", part)
+    if match is None or path.exists():
+        raise DataError(
+            f"{part or '(nothing)'}: is neither a file ending in {', '.join(FILE_ENDINGS)} nor `hub/name:split[@revision]`, "
+            f"for example {BEAVERTAILS}:330k_train"
+        )
+    name, split, revision = match["name"], match["split"], match["revision"]
+    if name == BEAVERTAILS and split in _ORIGINAL_SPLITS:
+        full = _ORIGINAL_SPLITS[split]
+        return Source(name, full, revision, f"{name}:{split} means its split {full}, as in the original recipe")
+    return Source(name, split, revision)
+
+
+def read_rows(source: Source) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Yield (place, row); where a row cannot be read, (place, reason) stands for it.
+
+    Raises:
+        DataError: the whole source cannot be read.
+    """
+    if source.split is not None:
+        yield from _read_hub(source)
+        return
+    path = Path(source.name)
+    reader = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+    try:
+        yield from reader[path.suffix.lower()](path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _as_row(value: Any) -> dict[str, Any] | str:
+    return value if isinstance(value, dict) else f"is a {type(value).__name__}, not an object with columns"
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            place = f"{path}, line {number}"
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if line:
+                    yield place, _as_row(json.loads(line))
+            except UnicodeDecodeError as error:
+                yield place, f"is not valid UTF-8 at byte {error.start}"
+            except json.JSONDecodeError as error:
+                yield place, f"is not valid JSON ({error.msg} at column {error.colno})"
+            except RecursionError:
+                yield place, "is nested too deeply"
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Read an array of objects, or JSON Lines under this ending; a place is the line that an object starts on."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not valid UTF-8 at byte {error.start}; save it as UTF-8") from None
+    start = len(text) - len(text.lstrip())
+    if text[start : start + 1] != "[":
+        yield from _read_jsonl(path)
+        return
+    decoder, position, line, counted = json.JSONDecoder(), start + 1, 1, 0
+    separator = re.compile(r"[\s,]*")
+    while True:
+        position = separator.match(text, position).end()  # type: ignore[union-attr]
+        line, counted = line + text.count("\n", counted, position), position
+        if text[position : position + 1] == "]":
+            return
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except (json.JSONDecodeError, RecursionError) as error:
+            reason = getattr(error, "msg", "nested too deeply")
+            raise DataError(f"{path}, line {line}: is not valid JSON ({reason}); mend the file from there on") from None
+        yield f"{path}, line {line}", _as_row(value)
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Read a header and rows; `category` is a column of JSON objects, or each category has a column of its own."""
+    csv.field_size_limit(2**31 - 1)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        line = 2
+        while True:
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}, after line {line - 1}: is not valid UTF-8 ({error.reason})") from None
+            except csv.Error as error:
+                yield f"{path}, line {line}", f"is not valid CSV ({error})"
+                line = reader.line_num + 1
+                continue
+            place, line = f"{path}, line {line}", reader.line_num + 1
+            if None in row or None in row.values():
+                yield place, f"has another number of columns than the header ({', '.join(reader.fieldnames or [])})"
+            else:
+                yield place, {name: _from_cell(name, value) for name, value in row.items()}
+
+
+def _from_cell(name: str, value: str) -> Any:
+    if name in ("category", "flagged") and value.lstrip().startswith("{"):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    if name not in ("prompt", "response", "model"):
+        return {"true": True, "false": False}.get(value.strip().lower(), value)
+    return value
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=4096):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", row
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: is not readable as Parquet ({str(error).splitlines()[0]})") from None
+
+
+def _read_hub(source: Source) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(source.name, split=source.split, revision=source.revision)
+    except Exception as error:  # datasets raises many kinds: no network, no such set, no such split, gated
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{source}: cannot be loaded from the hub ({type(error).__name__}: {reason}); check name, split and network, "
+            "or download the file and give its path"
+        ) from None
+    for number, row in enumerate(rows, start=1):
+        yield f"{source}, row {number}", row

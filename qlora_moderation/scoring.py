@@ -1,0 +1,107 @@
+"""The one score path, for training-time evaluation, `evaluate` and the Python API alike.
+
+In: a classifier and N pairs. Out: logits [N, C]. Step 9 of the straight line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from qlora_moderation.batching import micro_batches
+from qlora_moderation.classifier import Classifier
+from qlora_moderation.layout import build_micro_batch
+from qlora_moderation.tokenization import Window
+
+_CHUNK = 2048  # windows sorted together: enough for even micro-batches, small for memory and progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What the model says of N pairs.
+
+    Attributes:
+        logits: [N, C] in fp32; with several windows the highest of each category.
+        windows: [N] windows scored.
+        truncated: [N] whether tokens were left unread.
+    """
+
+    logits: np.ndarray
+    windows: np.ndarray
+    truncated: np.ndarray
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """[N, C] sigmoid of the logits."""
+        return 1.0 / (1.0 + np.exp(-self.logits.astype(np.float64)))
+
+
+def default_token_budget(device: torch.device, longest: int) -> int:
+    """Return the token budget of one forward: enough to keep the device busy, at least the longest text."""
+    return max(longest, 16384 if device.type == "cuda" else 2048)
+
+
+def score_pairs(
+    classifier: Classifier,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    long_text: str | None = None,
+    max_tokens: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Scores:
+    """Score N pairs; a pair's logits do not depend on its neighbours beyond floating-point noise.
+
+    Args:
+        classifier: the model with its tokenizer.
+        prompts, responses: N texts each.
+        long_text: `window` or `truncate`; None: the model's own choice.
+        max_tokens: token budget of one forward.
+        progress: called with the number of windows done since the last call.
+
+    Returns:
+        Scores in the order of the input.
+    """
+    encoder = classifier.encoder
+    split = (long_text or classifier.metadata.long_text) == "window"
+    windows = encoder.windows(prompts, responses) if split else encoder.encode(prompts, responses)
+    logits = np.full((len(prompts), len(classifier.taxonomy.categories)), -np.inf, dtype=np.float32)
+    counts = np.zeros(len(prompts), dtype=np.int64)
+    truncated = np.zeros(len(prompts), dtype=bool)
+    for window in windows:
+        counts[window.text] += 1
+        truncated[window.text] = window.truncated and not split
+    model = classifier.model
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(windows), _CHUNK):
+            chunk = windows[start : start + _CHUNK]
+            scored = score_windows(classifier, chunk, max_tokens, progress)
+            np.maximum.at(logits, [window.text for window in chunk], scored)
+    finally:
+        model.train(was_training)
+    return Scores(logits, counts, truncated)
+
+
+@torch.inference_mode()
+def score_windows(
+    classifier: Classifier, windows: Sequence[Window], max_tokens: int | None, progress: Callable[[int], None] | None
+) -> np.ndarray:
+    """Return logits [number of windows, C] in fp32, in the order of the windows."""
+    device = classifier.model.device
+    lengths = [len(window.ids) for window in windows]
+    budget = max_tokens or default_token_budget(device, classifier.encoder.max_length)
+    order: list[int] = []
+    parts: list[torch.Tensor] = []
+    for members in micro_batches(lengths, budget, classifier.layout)[0]:
+        ids = [windows[i].ids for i in members]
+        parts.append(classifier.model(build_micro_batch(ids, classifier.layout, classifier.pad_id, device)))
+        order.extend(members)
+        if progress is not None:
+            progress(len(members))
+    logits = np.empty((len(windows), parts[0].shape[1]), dtype=np.float32)
+    logits[order] = torch.cat(parts).cpu().numpy()
+    return logits

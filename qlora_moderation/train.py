@@ -1,0 +1,262 @@
+"""The training loop: one plain loop for every method.
+
+In: a `TrainConfig`. Out: a run directory with the best adapter, or the best model with `--method full`. Steps 1 to 10.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from qlora_moderation.batching import micro_batches, step_batch
+from qlora_moderation.card import build_card
+from qlora_moderation.classifier import Classifier, build_classifier, choose_device
+from qlora_moderation.config import TrainConfig
+from qlora_moderation.errors import ConfigError, ModerationError
+from qlora_moderation.layout import build_micro_batch
+from qlora_moderation.loss import compute_loss
+from qlora_moderation.metadata import write_json, write_text
+from qlora_moderation.metrics import Metrics, compute_metrics
+from qlora_moderation.optim import build_optimizer, build_scheduler
+from qlora_moderation.plan import (
+    Log,
+    Material,
+    Plan,
+    announce,
+    apply_bf16,
+    build_plan,
+    find_inapplicable,
+    load_material,
+    show_first_pair,
+)
+from qlora_moderation.plots import plot_curves
+from qlora_moderation.run_directory import RunDirectory
+from qlora_moderation.scoring import score_pairs
+from qlora_moderation.taxonomy import load_taxonomy
+from qlora_moderation.tracking import Trackers
+
+
+class NonFiniteError(ModerationError):
+    """A loss or gradient is not finite; names the step and the rows."""
+
+
+def train(config: TrainConfig, log: Log = print) -> Path:
+    """Run training and return the directory of the best weights (of the run itself for a dry run).
+
+    Raises:
+        ModerationError: bad configuration, data or files, or a loss that is not finite.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("WORLD_SIZE is above 1: this version trains in one process; start it without torchrun")
+    taxonomy = load_taxonomy(config.taxonomy)
+    device = choose_device(config.use_cpu)
+    for line in [*config.advice(), *find_inapplicable(config, device)]:
+        log(line)
+    torch.manual_seed(config.seed)
+    if config.tf32 is not None and device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    classifier = build_classifier(apply_bf16(config, device), taxonomy, device, log)
+    material = load_material(config, classifier, log)
+    plan = build_plan(config, len(material.training), device)
+    announce(config, classifier, material, plan, log)
+    if config.dry_run:
+        show_first_pair(config, classifier, material, plan, log)
+        log("dry run: everything up to the first step works; nothing was written")
+        return Path(config.output_dir)
+    run = RunDirectory(config)
+    try:
+        write_json(run.path / "audit.json", material.audit)
+        trained = _Loop(config, classifier, material, plan, run, log).run()
+        plot_curves(run.records(), config.metric_for_best_model, run.path / "curves.png")
+        run.set_status("finished", best=trained.name)
+    except BaseException as error:
+        run.set_status("failed", error=type(error).__name__)
+        raise
+    finally:
+        run.close()
+    log(f"written: {run.path} (weights in {trained})")
+    if config.method == "full":
+        log(
+            f"next: scripts/evaluate.py --model_path {trained} --eval_dataset FILE --output_dir {run.path / 'evaluation'}"
+        )
+    else:
+        log(f"next: scripts/merge_adapter.py --adapter_path {trained} --output_dir {run.path / 'merged'}")
+    return trained
+
+
+class _Loop:
+    """The state of a run while it learns."""
+
+    def __init__(
+        self, config: TrainConfig, classifier: Classifier, material: Material, plan: Plan, run: RunDirectory, log: Log
+    ) -> None:
+        self.config, self.classifier, self.material, self.plan, self.run_files = config, classifier, material, plan, run
+        self.log = log
+        self.device = classifier.model.device
+        self.optimizer = build_optimizer(classifier.model, config)
+        self.scheduler = build_scheduler(self.optimizer, config, plan.total_steps)
+        self.trainable = [p for p in classifier.model.parameters() if p.requires_grad]
+        labels = material.training.labels
+        self.labels = torch.tensor(labels, dtype=torch.float32)
+        self.weight = torch.tensor(material.training.weight, dtype=torch.float32)
+        self.best: float | None = None
+        self.best_metrics: Metrics | None = None
+        self.best_step = 0
+        self.started = time.monotonic()
+
+    @property
+    def output(self) -> Path:
+        return self.run_files.path / ("model" if self.config.method == "full" else "adapter")
+
+    def run(self) -> Path:
+        config, plan = self.config, self.plan
+        trackers = Trackers(config)
+        bar = tqdm(total=plan.total_steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        say = bar.write if not bar.disable else self.log
+        self.run_files.set_status("running", total_steps=plan.total_steps)
+        self.classifier.model.train()
+        window_start, window_tokens = time.monotonic(), 0
+        for step in range(1, plan.total_steps + 1):
+            record = self.take_step(step)
+            self.run_files.record(record)
+            trackers.log(record, step)
+            bar.update()
+            window_tokens += record["tokens"]
+            if step % config.logging_steps == 0 or step == plan.total_steps:
+                now = time.monotonic()
+                say(
+                    f"step {step}/{plan.total_steps}  epoch {record['epoch']:.2f}  loss {record['loss']:.4f}  "
+                    f"grad_norm {record['grad_norm']:.3f}  learning_rate {record['learning_rate']:.2e}  "
+                    f"{window_tokens / (now - window_start):,.0f} tokens/s  "
+                    f"{_remaining(now - self.started, step, plan.total_steps)}"
+                )
+                window_start, window_tokens = now, 0
+            if plan.eval_steps and (step % plan.eval_steps == 0 or step == plan.total_steps):
+                trackers.log(self.evaluate(step, say), step)
+                window_start, window_tokens = time.monotonic(), 0
+        if self.best_step == 0:
+            self.save(plan.total_steps)
+        bar.close()
+        trackers.finish()
+        return self.output
+
+    def take_step(self, step: int) -> dict[str, Any]:
+        """Learn from one step batch; returns its record.
+
+        Raises:
+            NonFiniteError: before any weight has changed.
+        """
+        config, classifier, ids = self.config, self.classifier, self.material.ids
+        members = step_batch(len(ids), self.plan.pairs_per_step, config.seed, step - 1)
+        step_weight = float(self.weight[list(members)].sum())
+        loss = torch.zeros((), device=self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        for positions in micro_batches([len(ids[i]) for i in members], self.plan.token_budget, classifier.layout)[0]:
+            chosen = [members[position] for position in positions]
+            batch = build_micro_batch([ids[i] for i in chosen], classifier.layout, classifier.pad_id, self.device)
+            labels, weight = self.labels[chosen].to(self.device), self.weight[chosen].to(self.device)
+            share = compute_loss(classifier.model(batch), labels, weight, step_weight)
+            share.backward()
+            loss += share.detach()
+        limit = config.max_grad_norm or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.trainable, limit))
+        if not math.isfinite(norm) or not math.isfinite(float(loss)):
+            places = ", ".join(self.material.training.places[i] for i in members[:3])
+            raise NonFiniteError(
+                f"step {step}: loss {float(loss)} with gradient norm {norm} is not finite; no weight was changed. Lower "
+                f"--learning_rate, or look at the step's {len(members)} pairs, which start with: {places}"
+            )
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        self.optimizer.step()
+        self.scheduler.step()
+        return {
+            "step": step,
+            "epoch": step / self.plan.steps_per_epoch,
+            "loss": float(loss),
+            "grad_norm": norm,
+            "learning_rate": learning_rate,
+            "pairs": len(members),
+            "tokens": sum(len(ids[i]) for i in members),
+            "elapsed_seconds": time.monotonic() - self.started,
+        }
+
+    def evaluate(self, step: int, say: Log) -> Metrics:
+        """Score the validation pairs; where the selecting metric is the best so far, save."""
+        validation, name = self.material.validation, self.config.metric_for_best_model
+        assert validation is not None and validation.labels is not None and validation.flagged is not None
+        scores = score_pairs(
+            self.classifier, validation.prompts, validation.responses, max_tokens=self.plan.token_budget
+        )
+        categories = self.classifier.taxonomy.categories
+        metrics = compute_metrics(
+            validation.labels, validation.flagged, scores.probabilities, self.classifier.thresholds, categories
+        )
+        if name not in metrics:
+            raise ConfigError(f"--metric_for_best_model {name}: allowed: {', '.join(metrics)}")
+        value = metrics[name]
+        better = value is not None and (self.best is None or value > self.best)
+        self.run_files.record(
+            {"step": step, "eval": metrics, "best": better, "elapsed_seconds": time.monotonic() - self.started}
+        )
+        shown = "  ".join(
+            f"{key} {metrics[key]:.4f}" if metrics.get(key) is not None else f"{key} undefined"
+            for key in dict.fromkeys((name, "flagged/f1", "flagged/auroc", "log_loss"))
+        )
+        say(f"step {step}  validation: {shown}{'  best so far, saved' if better else ''}")
+        if better:
+            self.best, self.best_metrics = value, metrics
+            self.save(step)
+        return {f"eval/{key}": number for key, number in metrics.items()}
+
+    def save(self, step: int) -> None:
+        """Write adapter or model with metadata and card."""
+        config, material, classifier = self.config, self.material, self.classifier
+        self.best_step = step
+        selection = "the last step"
+        if self.best_metrics is not None:
+            selection = f"best {config.metric_for_best_model} on validation data, at step {step}"
+        training = {
+            "training_data": _name_of_data(config.train_data_name_or_path),
+            "training_rows": material.training.annotations,
+            "training_pairs": len(material.training),
+            "training_fingerprint": material.training.fingerprint(),
+            "selection": selection,
+            "steps": self.plan.total_steps,
+            "pairs_per_step": self.plan.pairs_per_step,
+            "learning_rate": config.resolved_learning_rate,
+            "seed": config.seed,
+            "warnings": material.warnings,
+        }
+        if material.validation is not None:
+            training["validation_pairs"] = len(material.validation)
+            training["validation_fingerprint"] = material.validation.fingerprint()
+        metadata = dataclasses.replace(classifier.metadata, training=training)
+        classifier.metadata = metadata
+
+        def write_more(directory: Path) -> None:
+            card = build_card(
+                metadata, classifier.thresholds, self.best_metrics, classifier.grown_embedding_rows, classifier.pad_id
+            )
+            write_text(directory / "README.md", card)
+            if self.best_metrics is not None:
+                write_json(directory / "validation_metrics.json", self.best_metrics)
+
+        classifier.save(self.output, metadata, write_more)
+
+
+def _name_of_data(spec: str) -> str:
+    """Return a data spec without the folders of local files."""
+    return " + ".join(Path(part).name if Path(part).is_file() else part for part in spec.split("+"))
+
+
+def _remaining(elapsed: float, step: int, total: int) -> str:
+    seconds = int(elapsed / step * (total - step))
+    return f"{seconds // 3600}:{seconds % 3600 // 60:02d}:{seconds % 60:02d} left"
