@@ -56,8 +56,11 @@ def micro_batches(
         bins = _cut_padded(lengths, max_tokens)
     else:
         count = math.ceil(sum(lengths) / max_tokens / world_size) * world_size
-        while (bins := _balance(lengths, max_tokens, count)) is None:
+        balanced = _balance(lengths, max_tokens, count)
+        while balanced is None:
             count += world_size
+            balanced = _balance(lengths, max_tokens, count)
+        bins = balanced
     bins.sort(key=lambda members: -sum(lengths[i] for i in members))
     bins.extend([] for _ in range(-len(bins) % world_size))
     return [bins[rank::world_size] for rank in range(world_size)]

@@ -52,7 +52,7 @@ class QAModeration:
         batch_size: int = 16,
         return_bool: bool = False,
         threshold: float | None = None,
-    ) -> Any:
+    ) -> Result | list[Result]:
         """Judge one pair, or lists of N pairs.
 
         Args:
@@ -98,7 +98,7 @@ class QAModeration:
             flagged, decided = self.classifier.thresholds.decide(probabilities)
         else:
             decided = np.asarray(probabilities > threshold)
-            flagged = decided.any(axis=1)
+            flagged = np.asarray(decided.any(axis=1))
         shown: np.ndarray = decided if return_bool else probabilities
         return [
             {

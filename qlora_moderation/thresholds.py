@@ -34,7 +34,7 @@ class Thresholds:
     def decide(self, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (flagged [N], categories [N, C]) for probabilities [N, C]."""
         categories: np.ndarray = np.asarray(probabilities > np.asarray(self.per_category))
-        return categories.any(axis=1), categories
+        return np.asarray(categories.any(axis=1)), categories
 
     def save(self, directory: Path, taxonomy: Taxonomy) -> None:
         """Write `thresholds.json` into `directory`."""
