@@ -30,11 +30,11 @@ def find_head(model: PreTrainedModel) -> tuple[nn.Module, str, nn.Linear]:
     return found
 
 
-def replace_head(model: PreTrainedModel, categories: Sequence[str], seed: int) -> list[str]:
+def replace_head(model: PreTrainedModel, categories: Sequence[str], seed: int) -> tuple[list[int], list[str]]:
     """Put an fp32 head with C rows on the model: rows of a category that the old head knew are kept, others are new.
 
     Returns:
-        Lines for the log: which rows were kept, moved, new.
+        The new rows, and lines for the log: which rows were kept, moved, new.
     """
     parent, attribute, old = find_head(model)
     architectures = model.config.architectures or []
@@ -55,13 +55,16 @@ def replace_head(model: PreTrainedModel, categories: Sequence[str], seed: int) -
     setattr(parent, attribute, head.to(old.weight.device))
     model.num_labels = model.config.num_labels = len(categories)
     set_label_names(model.config, categories)
+    new_rows = [row for row, name in enumerate(categories) if name not in old_names]
     if not trained:
-        return []
+        return new_rows, []
     kept = [name for i, name in enumerate(categories) if name in old_names and old_names.index(name) == i]
     moved = [name for i, name in enumerate(categories) if name in old_names and old_names.index(name) != i]
-    new = [name for name in categories if name not in old_names]
+    new = [categories[row] for row in new_rows]
     parts = [("kept", kept), ("reordered", moved), ("new", new)]
-    return ["head rows of the existing classifier: " + "; ".join(f"{w} {', '.join(n) or 'none'}" for w, n in parts)]
+    return new_rows, [
+        "head rows of the existing classifier: " + "; ".join(f"{w} {', '.join(n) or 'none'}" for w, n in parts)
+    ]
 
 
 def set_label_names(config: PreTrainedConfig, categories: Sequence[str]) -> None:
@@ -71,14 +74,17 @@ def set_label_names(config: PreTrainedConfig, categories: Sequence[str]) -> None
     config.problem_type = "multi_label_classification"
 
 
-def add_lora(model: PreTrainedModel, spec: BackboneSpec, config: TrainConfig, new_modules: Sequence[str]) -> PeftModel:
-    """Wrap a classifier with LoRA adapters; the head, and every module that its checkpoint lacked, is trained in full.
+def add_lora(model: PreTrainedModel, spec: BackboneSpec, config: TrainConfig) -> PeftModel:
+    """Wrap a classifier with LoRA adapters; the head, and what lies between encoder and head, is trained in full.
 
     Raises:
         ConfigError: `target_modules` names no layer.
     """
     targets = list(config.target_modules)
-    also_trained = {name.split(".")[-2] if "." in name else name for name in new_modules}
+    # what lies between an encoder and its head was not trained for this, and may be missing from its checkpoint
+    between = {"pooler", "pre_classifier"} & {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    if spec.kind == "decoder":
+        between = set()
     settings = LoraConfig(
         task_type="SEQ_CLS",
         r=config.lora_r,
@@ -88,7 +94,8 @@ def add_lora(model: PreTrainedModel, spec: BackboneSpec, config: TrainConfig, ne
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         init_lora_weights="gaussian" if config.init_lora_weights.lower() == "gaussian" else True,
-        modules_to_save=sorted(also_trained - set(spec.head_names)) or None,
+        modules_to_save=sorted(between) or None,
+        exclude_modules=rf"(.*\.)?({'|'.join(sorted(between))})(\..*)?" if between else None,
     )
     torch.manual_seed(config.seed)
     try:

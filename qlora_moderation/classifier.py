@@ -45,6 +45,7 @@ class Classifier:
         layout: how micro-batches are laid out.
         layout_reason: why.
         grown_embedding_rows: rows of the embedding where it had to grow for the pad token.
+        new_head_rows: rows of the head that no training has seen yet.
     """
 
     model: ModerationModel
@@ -55,6 +56,7 @@ class Classifier:
     layout: Layout
     layout_reason: str = ""
     grown_embedding_rows: int | None = None
+    new_head_rows: tuple[int, ...] = ()
 
     @property
     def pad_id(self) -> int:
@@ -163,10 +165,11 @@ def build_classifier(
     rows = bb.fit_pad_token(network, int(tokenizer.pad_token_id))
     if rows is not None:
         log(f"pad token: {tokenizer.pad_token} is new, the embedding grew by one zero row")
-    for line in replace_head(network, taxonomy.categories, config.seed):
+    new_rows, lines = replace_head(network, taxonomy.categories, config.seed)
+    for line in lines:
         log(line)
     if config.method != "full":
-        network = add_lora(network, spec, config, loaded.new_modules)
+        network = add_lora(network, spec, config)
     if config.gradient_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     metadata = ModelMetadata(
@@ -184,7 +187,9 @@ def build_classifier(
         settings = network.peft_config["default"]
         settings.base_model_name_or_path, settings.revision = metadata.base_model, metadata.base_revision
     model = ModerationModel(network, spec.kind == "encoder", _autocast_dtype(compute_dtype, device))
-    return Classifier(model, tokenizer, encoder, metadata, Thresholds.default(taxonomy), layout, reason, rows)
+    return Classifier(
+        model, tokenizer, encoder, metadata, Thresholds.default(taxonomy), layout, reason, rows, tuple(new_rows)
+    )
 
 
 def _resolve_name(name: str) -> str:

@@ -31,6 +31,7 @@ class TrainConfig:
     taxonomy: str | None = option(None, "YAML file with categories and template; default BeaverTails' 14")
     layout: Literal["auto", "packed", "padded"] = option("auto", "how a micro-batch is laid out")
     backbone_dropout: float = option(0.0, "dropout inside the backbone", minimum=0.0, maximum=0.9)
+    head_prior: bool = option(True, "start a new head at the base rates of the categories")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
     use_cpu: bool = option(False, "stay on the CPU even when CUDA is there")
 
@@ -87,6 +88,7 @@ class TrainConfig:
     save_strategy: Literal["no", "steps", "epoch"] = option("no", "when to write a checkpoint")
     save_steps: int = option(500, "steps between checkpoints", minimum=1)
     save_total_limit: int | None = option(None, "checkpoints kept", minimum=1)
+    resume: str = option("auto", "auto: go on where output_dir stands; never; or the path of a checkpoint")
     logging_steps: int = option(10, "steps between lines", minimum=1)
     report_to: tuple[str, ...] = option(("none",), "tensorboard, wandb, trackio or none")
     bf16: bool | None = option(None, "True: bfloat16 where the device is CUDA and has it")

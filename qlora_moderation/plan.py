@@ -54,6 +54,7 @@ class Plan:
     total_steps: int
     token_budget: int
     eval_steps: int | None
+    save_steps: int | None
 
 
 def load_material(config: TrainConfig, classifier: Classifier, log: Log) -> Material:
@@ -93,7 +94,8 @@ def build_plan(config: TrainConfig, pairs: int, device: torch.device) -> Plan:
     budget = config.max_tokens_per_micro_batch or default_token_budget(device, config.max_length)
     every = {"no": None, "epoch": steps_per_epoch, "steps": config.eval_steps or config.logging_steps}
     total = config.max_steps if config.max_steps > 0 else by_epochs
-    return Plan(pairs_per_step, steps_per_epoch, total, budget, every[config.eval_strategy])
+    saving = {"no": None, "epoch": steps_per_epoch, "steps": config.save_steps}[config.save_strategy]
+    return Plan(pairs_per_step, steps_per_epoch, total, budget, every[config.eval_strategy], saving)
 
 
 def apply_bf16(config: TrainConfig, device: torch.device) -> TrainConfig:

@@ -1,4 +1,4 @@
-"""The files of a training run other than its models.
+"""The files of a training run other than its models, and whether it starts or goes on.
 
 In: a configuration and records. Out: `config.yaml`, `environment.json`, `status.json`, `metrics.jsonl`, `audit.json`.
 """
@@ -12,15 +12,25 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from qlora_moderation.checkpoint import find_checkpoints
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.errors import CheckpointError
-from qlora_moderation.metadata import write_json, write_text
+from qlora_moderation.metadata import read_json, write_json, write_text
 from qlora_moderation.options import dump_options
 
 PACKAGES = (
     "qlora-moderation", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers",
     "safetensors", "scikit-learn", "numpy",
 )  # fmt: skip
+
+
+_MAY_DIFFER = {
+    "resume", "overwrite_output_dir", "dry_run", "save_strategy", "save_steps", "save_total_limit", "report_to",
+    "max_tokens_per_micro_batch", "per_device_eval_batch_size", "gradient_checkpointing",
+}  # fmt: skip
+"""Options that change neither what a run learns nor what it reports."""
 
 
 def describe_environment() -> dict[str, Any]:
@@ -38,35 +48,62 @@ class RunDirectory:
     """One training run's directory.
 
     Args:
-        config: names the directory.
+        config: names the directory, and says what happens to what it holds.
+
+    Attributes:
+        checkpoint: where the run goes on from; None: it starts.
+        is_finished: the directory holds the finished run of this very configuration; nothing is left to do.
 
     Raises:
-        CheckpointError: it holds something already and may not be replaced, or it cannot be written.
+        CheckpointError: it holds something else, or it cannot be written.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         self.path = Path(config.output_dir)
+        self.checkpoint: Path | None = None
+        self.is_finished = False
         try:
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                self._make_way(config)
+                self._decide(config)
+            if self.is_finished:
+                return
+            if self.checkpoint is None and self.path.is_dir():
+                shutil.rmtree(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / "config.yaml", dump_options(config))
+            write_json(self.path / "environment.json", describe_environment())
+            self.set_status("starting")
+            self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
         except OSError as error:
             raise CheckpointError(f"--output_dir {self.path}: cannot be written ({error.strerror})") from None
-        write_json(self.path / "environment.json", describe_environment())
-        self.set_status("starting")
-        self._metrics = (self.path / "metrics.jsonl").open("w", encoding="utf-8")
 
-    def _make_way(self, config: TrainConfig) -> None:
-        if not config.overwrite_output_dir:
+    def _decide(self, config: TrainConfig) -> None:
+        """Go on, start over, or refuse."""
+        remedy = "give another directory, or --overwrite_output_dir True"
+        status = self.path / "status.json"
+        if not self.path.is_dir() or not status.is_file() or not (self.path / "config.yaml").is_file():
             raise CheckpointError(
-                f"--output_dir {self.path}: is not empty; give another directory, or --overwrite_output_dir True"
+                f"--output_dir {self.path}: is no run directory and not empty; give another directory"
             )
-        if not (self.path / "status.json").is_file():
+        if config.overwrite_output_dir:
+            return
+        if config.resume == "never":
             raise CheckpointError(
-                f"--output_dir {self.path}: is not a run directory; remove it by hand, or give another"
+                f"--output_dir {self.path}: holds a run, and --resume never does not touch it; {remedy}"
             )
-        shutil.rmtree(self.path)
+        differing = self._find_differences(config)
+        if differing:
+            raise CheckpointError(f"--output_dir {self.path}: holds a run with other {', '.join(differing)}; {remedy}")
+        self.is_finished = read_json(status).get("state") == "finished"
+        found = find_checkpoints(self.path)
+        self.checkpoint = found[-1] if found else None
+        if config.resume != "auto":
+            self.checkpoint, self.is_finished = Path(config.resume), False
+
+    def _find_differences(self, config: TrainConfig) -> list[str]:
+        stored = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        own = yaml.safe_load(dump_options(config))
+        return [name for name in own if name not in _MAY_DIFFER and own[name] != stored.get(name)]
 
     def set_status(self, state: str, **facts: Any) -> None:
         """Write `status.json`."""
@@ -78,8 +115,16 @@ class RunDirectory:
         self._metrics.flush()
 
     def records(self) -> list[dict[str, Any]]:
-        """Read `metrics.jsonl` back."""
-        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        """Read `metrics.jsonl` back; a last line that a kill cut off does not count."""
+        lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+        return [json.loads(line) for line in lines]
+
+    def cut_records(self, step: int) -> None:
+        """Forget what was recorded after `step`, so that the file equals an unbroken run's."""
+        kept = [record for record in self.records() if record["step"] <= step]
+        self._metrics.close()
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+        self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
 
     def close(self) -> None:
         """Close the files that are open for writing."""

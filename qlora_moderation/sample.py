@@ -31,8 +31,6 @@ ANSWERS_PER_KIND = 3
 DISAGREEMENT = 0.1
 """Share of the pairs that three annotators judged, not unanimously."""
 
-_MINIMAL_PAIR_CATEGORY = "privacy_violation"
-
 
 class _Question(NamedTuple):
     text: str
@@ -87,17 +85,18 @@ def build_sample(seed: int = 0) -> dict[str, list[Row]]:
     return rows
 
 
-def build_minimal_pair(seed: int = 0) -> dict[str, str]:
+def build_minimal_pair(seed: int = 0, category: str = "privacy_violation") -> dict[str, str]:
     """Build an example of what the classifier must see: the same words, harmful only together.
 
     Args:
         seed: As in `build_sample`; both answers come from its split "combinations".
+        category: Category of the risky question.
 
     Returns:
         "prompt", a risky question; "harmful" and "safe", two answers to it; and "harmless_prompt", a question of nearly
         the same words, under which both answers are safe. Training saw none of the four pairs.
     """
-    couple = _load_text()["questions"][_MINIMAL_PAIR_CATEGORY][0]
+    couple = _load_text()["questions"][category][0]
     answers = {
         "safe" if row["response"] in _load_text()["answers"]["neutralises"] else "harmful": row["response"]
         for row in build_sample(seed)["combinations"]

@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from qlora_moderation.batching import micro_batches, step_batch
 from qlora_moderation.card import build_card
+from qlora_moderation.checkpoint import load_checkpoint, save_checkpoint
 from qlora_moderation.classifier import Classifier, build_classifier, choose_device
 from qlora_moderation.config import TrainConfig
-from qlora_moderation.errors import ConfigError, ModerationError
+from qlora_moderation.errors import CheckpointError, ConfigError, ModerationError
 from qlora_moderation.layout import build_micro_batch
 from qlora_moderation.loss import compute_loss
 from qlora_moderation.metadata import write_json, write_text
@@ -38,6 +39,7 @@ from qlora_moderation.plan import (
     show_first_pair,
 )
 from qlora_moderation.plots import plot_curves
+from qlora_moderation.prior import set_head_prior
 from qlora_moderation.run_directory import RunDirectory
 from qlora_moderation.scoring import score_pairs
 from qlora_moderation.taxonomy import load_taxonomy
@@ -65,6 +67,8 @@ def train(config: TrainConfig, log: Log = print) -> Path:
         torch.backends.cuda.matmul.allow_tf32 = config.tf32
     classifier = build_classifier(apply_bf16(config, device), taxonomy, device, log)
     material = load_material(config, classifier, log)
+    if config.head_prior:
+        set_head_prior(classifier, material.training, material.ids)
     plan = build_plan(config, len(material.training), device)
     announce(config, classifier, material, plan, log)
     if config.dry_run:
@@ -72,6 +76,9 @@ def train(config: TrainConfig, log: Log = print) -> Path:
         log("dry run: everything up to the first step works; nothing was written")
         return Path(config.output_dir)
     run = RunDirectory(config)
+    if run.is_finished:
+        log(f"{run.path}: this run is finished already; nothing to do")
+        return run.path / _weights_name(config)
     try:
         write_json(run.path / "audit.json", material.audit)
         trained = _Loop(config, classifier, material, plan, run, log).run()
@@ -114,17 +121,19 @@ class _Loop:
 
     @property
     def output(self) -> Path:
-        return self.run_files.path / ("model" if self.config.method == "full" else "adapter")
+        return self.run_files.path / _weights_name(self.config)
 
     def run(self) -> Path:
         config, plan = self.config, self.plan
         trackers = Trackers(config)
         bar = tqdm(total=plan.total_steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         say = bar.write if not bar.disable else self.log
+        first = 1 if self.run_files.checkpoint is None else self.resume(self.run_files.checkpoint) + 1
         self.run_files.set_status("running", total_steps=plan.total_steps)
         self.classifier.model.train()
+        bar.update(first - 1)
         window_start, window_tokens = time.monotonic(), 0
-        for step in range(1, plan.total_steps + 1):
+        for step in range(first, plan.total_steps + 1):
             record = self.take_step(step)
             self.run_files.record(record)
             trackers.log(record, step)
@@ -142,11 +151,52 @@ class _Loop:
             if plan.eval_steps and (step % plan.eval_steps == 0 or step == plan.total_steps):
                 trackers.log(self.evaluate(step, say), step)
                 window_start, window_tokens = time.monotonic(), 0
+            if plan.save_steps and step % plan.save_steps == 0:
+                save_checkpoint(self.run_files.path, step, self.state(step), config.save_total_limit)
+                window_start, window_tokens = time.monotonic(), 0
         if self.best_step == 0:
             self.save(plan.total_steps)
         bar.close()
         trackers.finish()
         return self.output
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Return everything that the rest of the run depends on, frozen weights left out."""
+        parameters = self.classifier.model.named_parameters()
+        return {
+            "step": step,
+            "parameters": {name: parameter.detach() for name, parameter in parameters if parameter.requires_grad},
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "rng": torch.get_rng_state(),
+            "best": {"value": self.best, "metrics": self.best_metrics, "step": self.best_step},
+            "training_fingerprint": self.material.training.fingerprint(),
+        }
+
+    def resume(self, directory: Path) -> int:
+        """Take up the state of a checkpoint and return its step.
+
+        Raises:
+            CheckpointError: it is damaged, or belongs to other data or another model.
+        """
+        state = load_checkpoint(directory)
+        if state["training_fingerprint"] != self.material.training.fingerprint():
+            raise CheckpointError(f"{directory}: the training data has changed since; start anew in another directory")
+        own = {
+            name: parameter for name, parameter in self.classifier.model.named_parameters() if parameter.requires_grad
+        }
+        if own.keys() != state["parameters"].keys():
+            raise CheckpointError(f"{directory}: belongs to another model; start anew in another directory")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state["parameters"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        torch.set_rng_state(state["rng"])
+        self.best, self.best_metrics, self.best_step = (state["best"][key] for key in ("value", "metrics", "step"))
+        self.run_files.cut_records(state["step"])
+        self.log(f"going on from {directory.name} of {self.plan.total_steps} steps")
+        return state["step"]
 
     def take_step(self, step: int) -> dict[str, Any]:
         """Learn from one step batch; returns its record.
@@ -250,6 +300,10 @@ class _Loop:
                 write_json(directory / "validation_metrics.json", self.best_metrics)
 
         classifier.save(self.output, metadata, write_more)
+
+
+def _weights_name(config: TrainConfig) -> str:
+    return "model" if config.method == "full" else "adapter"
 
 
 def _name_of_data(spec: str) -> str:

@@ -1,0 +1,95 @@
+"""A run goes on where it stopped, or says why it does not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import make_config
+from safetensors.torch import load_file
+
+from qlora_moderation.checkpoint import find_checkpoints
+from qlora_moderation.errors import CheckpointError
+from qlora_moderation.train import _Loop, train
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the library catches it."""
+
+
+def silent(_: str) -> None:
+    pass
+
+
+def options(**more):
+    return {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 3} | more
+
+
+def without_times(path) -> list[dict]:
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key != "elapsed_seconds"} for record in records]
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_a_killed_run_ends_like_one_that_was_never_killed(method, llama, rows_file, tmp_path, monkeypatch):
+    more = options(method=method, lora_dropout=0.1)
+    unbroken = train(make_config(llama, rows_file, tmp_path / "unbroken", **more), silent)
+    config = make_config(llama, rows_file, tmp_path / "killed", **more)
+    whole_step = _Loop.take_step
+    for fatal in (4, 6):
+        monkeypatch.setattr(
+            _Loop, "take_step", lambda self, step, fatal=fatal: _kill() if step == fatal else whole_step(self, step)
+        )
+        with pytest.raises(Killed):
+            train(config, silent)
+    monkeypatch.setattr(_Loop, "take_step", whole_step)
+    log: list[str] = []
+    resumed = train(config, log.append)
+    assert any("going on from step-000004" in line for line in log)
+    name = "model.safetensors" if method == "full" else "adapter_model.safetensors"
+    one, other = load_file(unbroken / name), load_file(resumed / name)
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert without_times(unbroken.parent / "metrics.jsonl") == without_times(resumed.parent / "metrics.jsonl")
+    assert train(config, log.append) == resumed and "finished already" in log[-1]
+
+
+def _kill():
+    raise Killed
+
+
+def test_save_total_limit_keeps_the_newest(llama, rows_file, tmp_path):
+    train(make_config(llama, rows_file, tmp_path / "run", **options(save_total_limit=2)), silent)
+    assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["step-000004", "step-000006"]
+    state = torch.load(tmp_path / "run/checkpoints/step-000006/state.pt", weights_only=True)
+    assert all("lora" in name or "score" in name for name in state["parameters"])
+
+
+def test_a_run_directory_is_never_lost_by_accident(llama, rows_file, tmp_path):
+    config = make_config(llama, rows_file, tmp_path / "run")
+    train(config, silent)
+    with pytest.raises(CheckpointError, match=r"other learning_rate, seed; .*--overwrite_output_dir"):
+        train(make_config(llama, rows_file, tmp_path / "run", seed=7, learning_rate=1e-3), silent)
+    with pytest.raises(CheckpointError, match="--resume never"):
+        train(make_config(llama, rows_file, tmp_path / "run", resume="never"), silent)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(CheckpointError, match="is no run directory"):
+            train(make_config(llama, rows_file, tmp_path / "mine", overwrite_output_dir=overwrite), silent)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    train(make_config(llama, rows_file, tmp_path / "run", seed=7, overwrite_output_dir=True), silent)
+
+
+def test_a_damaged_checkpoint_is_named_and_an_earlier_one_serves(llama, rows_file, tmp_path):
+    config = make_config(llama, rows_file, tmp_path / "run", **options())
+    train(config, silent)
+    newest = find_checkpoints(tmp_path / "run")[-1]
+    (newest / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:1000])
+    (tmp_path / "run" / "status.json").write_text('{"state": "running"}')
+    with pytest.raises(CheckpointError, match="step-000006.*cannot be read"):
+        train(config, silent)
+    earlier = make_config(llama, rows_file, tmp_path / "run", **options(resume=str(newest.parent / "step-000004")))
+    log: list[str] = []
+    train(earlier, log.append)
+    assert any("going on from step-000004" in line for line in log)
