@@ -21,14 +21,15 @@ def compute_constant_baselines(truth: np.ndarray) -> dict[str, Metrics]:
     }
 
 
-def compute_text_baselines(training: Pairs, evaluation: Pairs) -> dict[str, Metrics]:
+def compute_text_baselines(training: Pairs, evaluation: Pairs, threshold: float) -> dict[str, Metrics]:
     """Return the metrics of TF-IDF (words and word pairs) with logistic regression on three views of a pair.
 
-    A row is flagged above probability 0.5. Annotations count as often as they were given.
+    Annotations count as often as they were given.
 
     Args:
         training: N labelled pairs to fit on.
         evaluation: labelled pairs to judge.
+        threshold: a pair is flagged above this probability; the model's own, to be fair.
 
     Returns:
         `tfidf_question`, `tfidf_answer`, `tfidf_pair`; empty where the training pairs are all of one kind.
@@ -49,7 +50,9 @@ def compute_text_baselines(training: Pairs, evaluation: Pairs) -> dict[str, Metr
         )
         fit.fit(_view(training, name), target, logisticregression__sample_weight=training.weight)
         probability = fit.predict_proba(_view(evaluation, name))[:, 1]
-        results[f"tfidf_{name}"] = compute_binary_metrics(majority(evaluation.flagged), probability > 0.5, probability)
+        results[f"tfidf_{name}"] = compute_binary_metrics(
+            majority(evaluation.flagged), probability > threshold, probability
+        )
     return results
 
 

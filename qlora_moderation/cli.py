@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qlora_moderation.config import EvaluateConfig, MergeConfig, TrainConfig
+from qlora_moderation.config import EvaluateConfig, MergeConfig, QuickstartConfig, TrainConfig
 from qlora_moderation.errors import ModerationError
 from qlora_moderation.options import build_parser, load_options
 
@@ -35,10 +35,17 @@ def _run_evaluate(config: EvaluateConfig) -> None:
     evaluate(config)
 
 
+def _run_quickstart(config: QuickstartConfig) -> None:
+    from qlora_moderation.quickstart import run_quickstart
+
+    run_quickstart(config)
+
+
 _JOBS: dict[str, tuple[type, Callable[[Any], None], str]] = {
     "train": (TrainConfig, _run_train, "Train a QA-moderation classifier: LoRA, NF4 QLoRA, or all weights."),
     "merge": (MergeConfig, _run_merge, "Merge an adapter and its head into a plain classifier, and prove it."),
     "evaluate": (EvaluateConfig, _run_evaluate, "Evaluate a full, adapter or merged model on labelled or judged rows."),
+    "quickstart": (QuickstartConfig, _run_quickstart, "Run the whole line, embedded or on a real backbone and rows."),
 }
 
 

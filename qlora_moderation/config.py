@@ -188,3 +188,24 @@ class MergeConfig:
     )
     overwrite: bool = option(False, "replace an existing output_dir")
     use_cpu: bool = option(False, "stay on the CPU even when CUDA is there")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuickstartConfig:
+    """What `scripts/quickstart.sh` reads."""
+
+    model_name_or_path: str | None = option(None, "a real backbone; default: the embedded one, built on the spot")
+    train_data_name_or_path: str | None = option(None, "real training rows; default: the embedded sample")
+    eval_data_name_or_path: str | None = option(None, "real validation rows; default: held out of the training rows")
+    recipe: str = option("configs/quickstart.yaml", "training settings of the embedded run")
+    method: Literal["lora", "qlora", "full"] = option("qlora", "how the backbone is trained")
+    output_dir: str = option("output/quickstart", "replaced where it is an earlier quick start's")
+    max_steps: int = option(-1, "stop after this many steps (real backbone); -1: by epochs", minimum=-1)
+    learning_rate: float | None = option(None, "of a real backbone", above=0)
+    seed: int = option(0, "of sample, backbone, order and adapters", minimum=0)
+
+    def find_faults(self) -> list[str]:
+        """Return contradictions between options."""
+        if (self.model_name_or_path is None) != (self.train_data_name_or_path is None):
+            return ["--model_name_or_path and --train_data_name_or_path go together: give both, or neither"]
+        return []

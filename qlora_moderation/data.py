@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -253,3 +255,26 @@ def split_by_prompt(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pa
         )
     kept = [index for index in range(len(pairs)) if index not in held_out]
     return pairs.take(kept), pairs.take(sorted(held_out))
+
+
+def write_pairs(path: Path, pairs: Pairs, taxonomy: Taxonomy) -> None:
+    """Write labelled pairs as rows that aggregate to the same votes when they are loaded again.
+
+    Who ticked what together is not kept by `Pairs`; the votes are dealt to the annotators in turn.
+    """
+    assert pairs.labels is not None and pairs.flagged is not None
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(len(pairs)):
+            annotators = int(pairs.weight[i])
+            flagging = round(float(pairs.flagged[i]) * annotators)
+            ticked: list[set[str]] = [set() for _ in range(annotators)]
+            turn = 0
+            for name, vote in zip(taxonomy.categories, pairs.labels[i], strict=True):
+                for _ in range(round(float(vote) * annotators)):
+                    ticked[turn % flagging].add(name)
+                    turn += 1
+            for names in ticked:
+                row: dict[str, Any] = {"prompt": pairs.prompts[i], "response": pairs.responses[i]}
+                if taxonomy.labels_from == "category":
+                    row["category"] = {name: name in names for name in taxonomy.categories}
+                file.write(json.dumps({**row, "is_safe": not names}, ensure_ascii=False) + "\n")

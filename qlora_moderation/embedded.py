@@ -21,6 +21,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from qlora_moderation.backbone import quiet
 from qlora_moderation.errors import CheckpointError
 from qlora_moderation.taxonomy import Taxonomy
 
@@ -28,7 +29,6 @@ UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 """Special tokens with the ids 0, 1 and 2, as in LLaMA's own vocabulary; like LLaMA, it has no pad token."""
 
 MAX_EMBEDDED_WEIGHTS = 2_000_000
-_SCORED_WIDTH = 4096  # LLaMA-7B
 
 
 def render_texts(rows: Iterable[Mapping[str, Any]], taxonomy: Taxonomy | None = None) -> list[str]:
@@ -137,11 +137,11 @@ def build_llama_shape(
     if max_weights is not None and weights > max_weights:
         raise CheckpointError(f"{weights:,} weights, but at most {max_weights:,} are allowed; lower hidden_size")
     _train_language_model(model, tokenizer, texts, steps, batch_size, learning_rate, seed, log)
-    _widen_final_norm(model)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as partial:
         whole = Path(partial) / "whole"
-        model.save_pretrained(whole)
+        with quiet():
+            model.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
         whole.rename(output_dir)
     log(f"backbone: written to {output_dir}")
@@ -223,19 +223,6 @@ def _train_language_model(
             seconds = time.monotonic() - start
             log(f"language model: step {step}/{steps}, {loss.item():.3f} nats a token, {seconds:.1f} s")
     model.eval()
-
-
-def _widen_final_norm(model: LlamaForCausalLM) -> None:
-    """Scale the last hidden state as if it were `_SCORED_WIDTH` wide; the language model stays the same function.
-
-    A new head moves a logit by at most the learning rate times the sum of |h| a step. On a narrow backbone that is so
-    little that the adapters, too, are spent on the base rate of the categories in the first steps, and what they hold
-    is destroyed: measured, the loss then stays at the base rate for all epochs.
-    """
-    factor = math.sqrt(_SCORED_WIDTH / model.config.hidden_size)
-    with torch.no_grad():
-        model.model.norm.weight.mul_(factor)
-        model.lm_head.weight.div_(factor)
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:

@@ -99,7 +99,7 @@ def compute_evaluation(classifier: Classifier, pairs: Pairs, scores: Scores, tra
         result["metrics"] = compute_metrics(pairs.labels, pairs.flagged, probabilities, classifier.thresholds, names)
         result["baselines"] = compute_constant_baselines(majority(pairs.flagged))
         if training is not None:
-            result["baselines"] |= compute_text_baselines(training, pairs)
+            result["baselines"] |= compute_text_baselines(training, pairs, min(classifier.thresholds.per_category))
             prompts = set(training.prompts)
             result["data"]["pairs_with_a_training_prompt"] = sum(prompt in prompts for prompt in pairs.prompts)
     verdicts = {OURS: flagged.astype(float), **pairs.verdicts}

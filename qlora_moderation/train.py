@@ -21,6 +21,7 @@ from qlora_moderation.card import build_card
 from qlora_moderation.checkpoint import load_checkpoint, save_checkpoint
 from qlora_moderation.classifier import Classifier, build_classifier, choose_device
 from qlora_moderation.config import TrainConfig
+from qlora_moderation.data import write_pairs
 from qlora_moderation.errors import CheckpointError, ConfigError, ModerationError
 from qlora_moderation.layout import build_micro_batch
 from qlora_moderation.loss import compute_loss
@@ -81,6 +82,8 @@ def train(config: TrainConfig, log: Log = print) -> Path:
         return run.path / _weights_name(config)
     try:
         write_json(run.path / "audit.json", material.audit)
+        if material.validation is not None and not config.eval_data_name_or_path:
+            write_pairs(run.path / "validation.jsonl", material.validation, taxonomy)
         trained = _Loop(config, classifier, material, plan, run, log).run()
         plot_curves(run.records(), config.metric_for_best_model, run.path / "curves.png")
         run.set_status("finished", best=trained.name)

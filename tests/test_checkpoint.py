@@ -87,7 +87,7 @@ def test_a_damaged_checkpoint_is_named_and_an_earlier_one_serves(llama, rows_fil
     newest = find_checkpoints(tmp_path / "run")[-1]
     (newest / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:1000])
     (tmp_path / "run" / "status.json").write_text('{"state": "running"}')
-    with pytest.raises(CheckpointError, match="step-000006.*cannot be read"):
+    with pytest.raises(CheckpointError, match=r"step-000006.*cannot be read"):
         train(config, silent)
     earlier = make_config(llama, rows_file, tmp_path / "run", **options(resume=str(newest.parent / "step-000004")))
     log: list[str] = []
