@@ -126,7 +126,7 @@ def _open_tokenizer(
     name: str, revision: str | None, taxonomy: Taxonomy, max_length: int
 ) -> tuple[PreTrainedTokenizerBase, TextEncoder]:
     tokenizer = bb.load_tokenizer(name, revision)
-    tokenizer.pad_token = choose_pad_token(tokenizer)  # a token that is not in the vocabulary yet is added
+    tokenizer.add_special_tokens({"pad_token": choose_pad_token(tokenizer)})  # grows the vocabulary where it is new
     encoder = TextEncoder(tokenizer, taxonomy, max_length)
     prepare_for_stock_use(tokenizer, encoder)
     return tokenizer, encoder

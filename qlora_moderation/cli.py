@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qlora_moderation.config import EvaluateConfig, MergeConfig, QuickstartConfig, TrainConfig
+from qlora_moderation.config import BackboneConfig, EvaluateConfig, MergeConfig, QuickstartConfig, TrainConfig
 from qlora_moderation.errors import ModerationError
 from qlora_moderation.options import build_parser, load_options
 
@@ -35,6 +35,25 @@ def _run_evaluate(config: EvaluateConfig) -> None:
     evaluate(config)
 
 
+def _run_backbone(config: BackboneConfig) -> None:
+    from qlora_moderation.data import load_pairs
+    from qlora_moderation.embedded import build_llama_shape
+    from qlora_moderation.taxonomy import Taxonomy
+
+    taxonomy = Taxonomy()
+    pairs = load_pairs(config.train_data_name_or_path, taxonomy, config.on_bad_row)
+    build_llama_shape(
+        config.output_dir,
+        [taxonomy.render(*pair) for pair in zip(pairs.prompts, pairs.responses, strict=True)],
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        vocab_size=config.vocab_size,
+        max_length=config.max_length,
+        steps=config.steps,
+        seed=config.seed,
+    )
+
+
 def _run_quickstart(config: QuickstartConfig) -> None:
     from qlora_moderation.quickstart import run_quickstart
 
@@ -45,6 +64,7 @@ _JOBS: dict[str, tuple[type, Callable[[Any], None], str]] = {
     "train": (TrainConfig, _run_train, "Train a QA-moderation classifier: LoRA, NF4 QLoRA, or all weights."),
     "merge": (MergeConfig, _run_merge, "Merge an adapter and its head into a plain classifier, and prove it."),
     "evaluate": (EvaluateConfig, _run_evaluate, "Evaluate a full, adapter or merged model on labelled or judged rows."),
+    "backbone": (BackboneConfig, _run_backbone, "Build a small LLaMA with its tokenizer from the texts of some rows."),
     "quickstart": (QuickstartConfig, _run_quickstart, "Run the whole line, embedded or on a real backbone and rows."),
 }
 

@@ -209,3 +209,22 @@ class QuickstartConfig:
         if (self.model_name_or_path is None) != (self.train_data_name_or_path is None):
             return ["--model_name_or_path and --train_data_name_or_path go together: give both, or neither"]
         return []
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneConfig:
+    """What `scripts/build_backbone.py` reads."""
+
+    train_data_name_or_path: str = option(help="rows whose texts the language model learns")
+    output_dir: str = option(help="must not exist yet")
+    hidden_size: int = option(256, "width, a multiple of 64", minimum=64)
+    num_layers: int = option(4, "decoder layers", minimum=1)
+    vocab_size: int = option(4096, "most tokens of the tokenizer", minimum=512)
+    max_length: int = option(512, "longest text in tokens", minimum=16)
+    steps: int = option(200, "language-model steps", minimum=0)
+    seed: int = option(0, "of weights and order", minimum=0)
+    on_bad_row: Literal["stop", "skip"] = option("stop", "what a broken row does")
+
+    def find_faults(self) -> list[str]:
+        """Return contradictions between options."""
+        return [f"--hidden_size {self.hidden_size}: must be a multiple of 64"] if self.hidden_size % 64 else []

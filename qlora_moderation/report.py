@@ -39,8 +39,8 @@ def build_report(result: Mapping[str, Any]) -> str:
             _table(baselines, ("precision", "recall", "f1", "auroc", "average_precision", "accuracy")) + "\n"
         )
         sections.append(
-            "`tfidf_*`: TF-IDF over words and word pairs with logistic regression, fitted on the training rows; shown when "
-            "they are given.\n"
+            "`tfidf_*`: TF-IDF over words and word pairs with logistic regression, fitted on the training rows (shown when "
+            "they are given) and flagged above the model's lowest threshold.\n"
         )
     proportions = result["flagged_proportion"]
     moderators = tuple(dict.fromkeys(name for shares in proportions.values() for name in shares))

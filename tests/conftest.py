@@ -16,6 +16,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import (
     BertConfig,
     BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedTokenizerFast,
@@ -84,7 +86,7 @@ def llama3_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def decoders(llama, texts, tmp_path_factory) -> dict[str, Path]:
-    """Random decoders of three families; the Qwen has a Llama-3-like tokenizer, the windowed Mistral a short window."""
+    """Random decoders of three families; `llama3` has a tokenizer like Llama 3's, `windowed` a short sliding window."""
     root = tmp_path_factory.mktemp("decoders")
     shape = {
         "hidden_size": 64,
@@ -94,6 +96,7 @@ def decoders(llama, texts, tmp_path_factory) -> dict[str, Path]:
         "num_key_value_heads": 2,
         "max_position_embeddings": 2048,
     }
+    ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
     sentencepiece_like, byte_level = build_tokenizer(texts, vocab_size=600), llama3_tokenizer(texts)
     torch.manual_seed(0)
     built = {
@@ -105,12 +108,8 @@ def decoders(llama, texts, tmp_path_factory) -> dict[str, Path]:
             MistralForCausalLM(MistralConfig(vocab_size=len(sentencepiece_like), sliding_window=16, **shape)),
             sentencepiece_like,
         ),
-        "qwen2": (
-            Qwen2ForCausalLM(
-                Qwen2Config(vocab_size=len(byte_level), bos_token_id=0, eos_token_id=1, pad_token_id=None, **shape)
-            ),
-            byte_level,
-        ),
+        "qwen2": (Qwen2ForCausalLM(Qwen2Config(vocab_size=len(byte_level), **ends, **shape)), byte_level),
+        "llama3": (LlamaForCausalLM(LlamaConfig(vocab_size=len(byte_level), **ends, **shape)), byte_level),
     }
     for name, (model, tokenizer) in built.items():
         model.save_pretrained(root / name)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from qlora_moderation import config as config_module
 from qlora_moderation.config import (
     BASE_ALTERING_INITS,
     FULL_LEARNING_RATE,
@@ -25,7 +26,7 @@ from qlora_moderation.options import build_parser, dump_options, load_options
 ROOT = Path(__file__).resolve().parent.parent
 REQUIRED = {"model_name_or_path": "backbone", "train_data_name_or_path": "rows.jsonl", "output_dir": "out"}
 NEEDED = [word for name, value in REQUIRED.items() for word in (f"--{name}", value)]
-CONFIGS = [TrainConfig, EvaluateConfig, MergeConfig]
+CONFIGS = [value for name, value in vars(config_module).items() if name.endswith("Config")]
 ORIGINAL_RECIPE = """
     --model_name_or_path huggyllama/llama-7b --train_data_name_or_path PKU-Alignment/BeaverTails:train
     --eval_data_name_or_path PKU-Alignment/BeaverTails:test --output_dir out --num_train_epochs 3
@@ -252,6 +253,7 @@ def test_bounds(cls, name, bound, kind):
 def test_the_bounds_are_there():
     bounded = {(name, kind) for _, name, _, kind in BOUNDS}
     assert {("learning_rate", "above"), ("lora_r", "minimum"), ("warmup_ratio", "maximum")} <= bounded
+    assert {TrainConfig, EvaluateConfig, MergeConfig} <= set(CONFIGS)
 
 
 @pytest.mark.parametrize(

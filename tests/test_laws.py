@@ -99,7 +99,7 @@ def test_aggregated_annotations_give_the_gradient_of_all_rows(llama, build):
     assert_same_gradient(rows[1], pairs[1])
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "windowed"])
+@pytest.mark.parametrize("name", ["llama", "llama3", "mistral", "qwen2", "windowed"])
 def test_law_2_logits_do_not_depend_on_neighbours(name, decoders, build, texts):
     backbone = decoders[name]
     packed = build(backbone, layout="auto")
@@ -177,7 +177,7 @@ HOSTILE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "bert"])
+@pytest.mark.parametrize("name", ["llama", "llama3", "qwen2", "bert"])
 @pytest.mark.parametrize("glue", ["{}", "a{}b", " {} ", "{}{}"])
 def test_law_5_user_text_never_becomes_a_special_token(name, glue, decoders, bert, build):
     classifier = build(bert if name == "bert" else decoders[name], method="lora")
