@@ -84,7 +84,7 @@ def _stock_call(metadata: ModelMetadata, embedding_rows: int | None, pad_id: int
         "    revision=base.revision,",
         f"    num_labels={len(metadata.taxonomy.categories)},",
         '    problem_type="multi_label_classification",',
-        f"    pad_token_id={pad_id},",
+        *([f"    pad_token_id={pad_id},"] if embedding_rows is None else []),
         "    ignore_mismatched_sizes=True,",
     ]
     imports = "AutoModelForSequenceClassification, AutoTokenizer"
@@ -109,7 +109,12 @@ def _stock_call(metadata: ModelMetadata, embedding_rows: int | None, pad_id: int
             '    if hasattr(module, "support_avx512bf16_for_cpu"):\n'
             "        module.support_avx512bf16_for_cpu = False\n"
         )
-    grow = "" if embedding_rows is None else f"model.resize_token_embeddings({embedding_rows}, mean_resizing=False)\n"
+    grow = ""
+    if embedding_rows is not None:
+        grow = (
+            f"model.resize_token_embeddings({embedding_rows}, mean_resizing=False)  # the pad token is new\n"
+            f"model.config.pad_token_id = {pad_id}\n"
+        )
     return (
         "With PEFT alone:\n\n```python\nimport torch\nfrom peft import PeftConfig, PeftModel\n"
         f"from transformers import {imports}\n\n"

@@ -150,7 +150,7 @@ def test_yaml_values(config_file, line, name, value):
         ("use_cpu: 2\n", "expected True or False"),
         ("metric_for_best_model: yes\n", "expected text"),
         ("model_revision: [a]\n", "expected text"),
-        ("target_modules: [[a]]\n", "expected text"),
+        ("target_modules: [[a]]\n", "target_modules"),
         ("target_modules: null\n", "target_modules"),
         ("target_modules: {q_proj: 1}\n", "target_modules"),
         ("method: yes\n", "allowed: lora, qlora, full"),

@@ -1,0 +1,100 @@
+"""One pipeline for full, adapter and merged models."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from conftest import silent
+
+from qlora_moderation.config import EvaluateConfig, MergeConfig
+from qlora_moderation.errors import CheckpointError
+from qlora_moderation.evaluate import evaluate
+from qlora_moderation.merge import merge_adapter
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """Rows in the evaluation layout: two models, two moderators, one of them silent on some rows."""
+    rows = [
+        {
+            "prompt": f"question {i // 2}",
+            "response": f"answer {i % 5}",
+            "model": "ab"[i % 2],
+            "category": "Some Topic",
+            "flagged": {"human": i % 4 == 0} | ({"other": i % 3 == 0} if i % 5 else {}),
+        }
+        for i in range(40)
+    ]
+    path = tmp_path_factory.mktemp("judged") / "judged.json"
+    path.write_text(json.dumps(rows, indent=1))
+    return path
+
+
+def test_adapter_full_and_merged_models_give_all_files(runs, rows_file, tmp_path):
+    merge_adapter(MergeConfig(str(runs["qlora"].weights), str(tmp_path / "merged")), silent)
+    models = {"adapter": runs["qlora"].weights, "merged": tmp_path / "merged", "full": runs["full"].weights}
+    results = {}
+    for kind, path in models.items():
+        output = tmp_path / "e" / kind
+        config = EvaluateConfig(str(path), str(rows_file), str(output), train_data_name_or_path=str(rows_file))
+        results[kind] = evaluate(config, silent)
+        names = {file.name for file in output.iterdir()}
+        assert names == {"predictions.jsonl", "metrics.json", "report.md", "flagged_proportion.png"}
+        assert json.loads((output / "metrics.json").read_text()) == results[kind]
+        assert results[kind]["model"]["kind"] == kind
+        lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+        assert len(lines) == results[kind]["data"]["pairs"] and {"flagged", "probabilities", "votes"} <= lines[0].keys()
+    probabilities = {
+        kind: [
+            list(json.loads(line)["probabilities"].values())
+            for line in (tmp_path / "e" / kind / "predictions.jsonl").read_text().splitlines()
+        ]
+        for kind in ("adapter", "merged")
+    }
+    np.testing.assert_allclose(probabilities["adapter"], probabilities["merged"], atol=1e-5)
+    # ranks of near ties may change with the last digit; nothing else
+    assert results["adapter"]["metrics"] == pytest.approx(results["merged"]["metrics"], abs=5e-3)
+    metrics = results["full"]["metrics"]
+    assert {"flagged/accuracy", "privacy_violation/f1", "micro/average_precision", "macro/auroc"} <= metrics.keys()
+    baselines = results["full"]["baselines"]
+    assert set(baselines) == {"always_flag", "never_flag", "tfidf_question", "tfidf_answer", "tfidf_pair"}
+    report = (tmp_path / "e" / "full" / "report.md").read_text()
+    assert "above 0.4" in report and "tfidf_pair" in report and "| flagged |" in report
+    # evaluating again replaces the files of an evaluation and nothing else
+    (tmp_path / "e" / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="holds other files than an evaluation's"):
+        evaluate(EvaluateConfig(str(runs["full"].weights), str(rows_file), str(tmp_path / "e" / "full")), silent)
+
+
+def test_moderators_are_compared_by_model(runs, judged, tmp_path):
+    result = evaluate(EvaluateConfig(str(runs["lora"].weights), str(judged), str(tmp_path / "e")), silent)
+    assert "metrics" not in result
+    shares = result["flagged_proportion"]
+    assert set(shares) == {"a", "b", "all"} and set(shares["a"]) == {"qlora_moderation", "human", "other"}
+    assert shares["a"]["human"] == 0.5 and shares["b"]["human"] == 0.0
+    predictions = [json.loads(line) for line in (tmp_path / "e" / "predictions.jsonl").read_text().splitlines()]
+    flagged = np.mean([row["flagged"] for row in predictions if row["model"] == "a"])
+    assert shares["a"]["qlora_moderation"] == pytest.approx(flagged)
+    assert {(row["reference"], row["model"]) for row in result["agreement"]} == {
+        (moderator, model) for moderator in ("human", "other") for model in ("all", "a", "b")
+    }
+    silent_rows = [row for row in predictions if row["verdicts"]["other"] is None]
+    assert len(silent_rows) == 8 and next(r for r in result["agreement"] if r["reference"] == "other")["pairs"] == 32
+    report = (tmp_path / "e" / "report.md").read_text()
+    assert "cohen kappa" in report and "flagged_proportion.png" in report
+
+
+def test_stored_thresholds_decide(runs, rows_file, tmp_path):
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(runs["full"].weights, model)
+    stored = json.loads((model / "thresholds.json").read_text())
+    for value, share in ((0.0, 1.0), (1.0, 0.0)):
+        stored["categories"] = dict.fromkeys(stored["categories"], value)
+        (model / "thresholds.json").write_text(json.dumps(stored))
+        result = evaluate(EvaluateConfig(str(model), str(rows_file), str(tmp_path / str(value))), silent)
+        assert result["flagged_proportion"]["all"]["qlora_moderation"] == share
+        assert set(result["settings"]["thresholds"].values()) == {value}
