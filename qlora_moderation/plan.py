@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def load_material(config: TrainConfig, classifier: Classifier, log: Log) -> Mate
     if config.eval_data_name_or_path:
         spec = config.eval_data_name_or_path
         validation = load_pairs(spec, taxonomy, config.on_bad_row, log, need_labels=True)
-        if config.eval_strategy != "no" and "test" in Path(spec).name.lower():
+        if config.eval_strategy != "no" and re.search(r"(?<![a-z])test(?![a-z])", Path(spec).name.lower()):
             warnings.append(
                 f"the best weights are selected on {Path(spec).name}, by its name a test split: its metrics are no estimate "
                 "for new data"

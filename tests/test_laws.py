@@ -161,6 +161,7 @@ def test_law_4_truncation_is_counted_and_windows_are_scored(llama, rows_file, bu
     long_answer = "some words of an answer " * 60
     windows = classifier.encoder.windows(["Why?"], [long_answer])
     assert len(windows) > 3 and all(len(window.ids) <= 64 for window in windows)
+    assert all(window.ids[-1] == classifier.tokenizer.eos_token_id for window in windows)
     cut = score_pairs(classifier, ["Why?", "Why?"], [long_answer, "no"], "truncate")
     whole = score_pairs(classifier, ["Why?", "Why?"], [long_answer, "no"], "window")
     assert cut.truncated.tolist() == [True, False] and whole.truncated.tolist() == [False, False]

@@ -1,0 +1,117 @@
+"""What is loaded, frozen, quantised; and how micro-batches are laid out."""
+
+from __future__ import annotations
+
+import bitsandbytes
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from qlora_moderation.adapter import find_head
+from qlora_moderation.backbone import choose_dtype, choose_layout, inspect_backbone
+from qlora_moderation.errors import CheckpointError, ConfigError
+from qlora_moderation.layout import build_micro_batch
+from qlora_moderation.memory import compute_static_memory, count_weights
+
+CPU = torch.device("cpu")
+
+
+def test_a_packed_row_has_restarting_positions_and_borders():
+    batch = build_micro_batch([[5, 6, 7], [8], [9, 9]], "packed", 0, CPU)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 9]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 0, 1]]
+    assert batch.last.tolist() == [2, 3, 5] and batch.attention_mask is None
+    assert batch.segments.lengths == (3, 1, 2) and batch.segments.borders.tolist() == [0, 3, 4, 6]
+    padded = build_micro_batch([[5, 6, 7], [8]], "padded", 1, CPU)
+    assert padded.input_ids.tolist() == [[5, 6, 7], [8, 1, 1]] and padded.last.tolist() == [2, 0]
+    assert padded.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_what_is_quantised_frozen_and_trained(method, llama, build):
+    classifier = build(llama, method=method)
+    model = classifier.model
+    quantized = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert len(quantized) == (14 if method == "qlora" else 0)
+    head = find_head(model.classifier)[2]
+    assert type(head) is nn.Linear and head.weight.dtype == torch.float32 and head.weight.requires_grad
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if method == "full":
+        assert len(trained) == len(list(model.parameters()))
+    else:
+        assert all("lora_" in name or "score.modules_to_save" in name for name in trained)
+        assert sum("lora_A" in name for name in trained) == 14
+    config = model.classifier.config
+    assert config.problem_type == "multi_label_classification" and config.pad_token_id == 0
+    assert config.id2label[13] == "violence,aiding_and_abetting,incitement" and len(config.label2id) == 14
+    memory = compute_static_memory(model, "adamw_torch")
+    trainable, everything = count_weights(model)
+    assert memory["gradients"] == 4 * trainable == memory["optimizer"] / 2
+    # the embedding (599 or fewer rows), the linear layers of two decoder layers, norms, head and adapters
+    plain = everything - (trainable if method != "full" else 0)
+    assert (memory["weights"] == 4 * everything) == (method != "qlora") and plain > 100_000
+
+
+def test_the_backbone_s_dropout_is_off_unless_asked_for(bert, build):
+    def rates(classifier):
+        return {module.p for module in classifier.model.modules() if isinstance(module, nn.Dropout)}
+
+    assert AutoConfig.from_pretrained(bert).hidden_dropout_prob == 0.1
+    assert rates(build(bert, method="full")) == {0.0}
+    assert rates(build(bert, method="full", backbone_dropout=0.2)) == {0.2}
+
+
+def test_the_layout_is_chosen_with_a_reason(decoders, bert):
+    assert choose_layout(inspect_backbone(str(decoders["mistral"])), "auto", 512)[0] == "packed"
+    layout, reason = choose_layout(inspect_backbone(str(decoders["windowed"])), "auto", 512)
+    assert layout == "padded" and "sliding window of 16" in reason
+    assert choose_layout(inspect_backbone(str(decoders["windowed"])), "auto", 16)[0] == "packed"
+    assert choose_layout(inspect_backbone(str(bert)), "auto", 512)[0] == "padded"
+    assert choose_layout(inspect_backbone(str(decoders["llama"])), "auto", 512, dropout=0.1)[0] == "padded"
+    with pytest.raises(ConfigError, match="--layout packed: the sliding window"):
+        choose_layout(inspect_backbone(str(decoders["windowed"])), "packed", 512)
+
+
+def test_bfloat16_is_refused_where_the_device_lacks_it(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    with pytest.raises(ConfigError, match="--dtype bfloat16: this cpu device has no bfloat16 units"):
+        choose_dtype("bfloat16", CPU)
+    assert choose_dtype("auto", CPU) == torch.float32
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    assert choose_dtype("bfloat16", CPU) == torch.bfloat16
+
+
+def test_architectures_that_cannot_run_are_refused(tmp_path):
+    from transformers import CLIPConfig, LlamaConfig
+
+    CLIPConfig().save_pretrained(tmp_path / "clip")
+    with pytest.raises(CheckpointError, match="model type clip is neither a decoder"):
+        inspect_backbone(str(tmp_path / "clip"))
+    LlamaConfig(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}).save_pretrained(
+        tmp_path / "q"
+    )
+    with pytest.raises(CheckpointError, match="already quantised"):
+        inspect_backbone(str(tmp_path / "q"))
+
+
+def test_weights_that_are_missing_or_not_finite_are_named(llama, build, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(llama / "model.safetensors")
+    key = "model.layers.1.mlp.up_proj.weight"
+    for name, message in (
+        ("missing", f"1 weights are missing, the first is {key}"),
+        ("nan", f"weight {key} is not finite"),
+    ):
+        shutil.copytree(llama, tmp_path / name)
+        changed = {k: v.clone() for k, v in state.items()}
+        if name == "nan":
+            changed[key][0, 0] = float("nan")
+        else:
+            del changed[key]
+        save_file(changed, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=message):
+            build(tmp_path / name)
