@@ -93,7 +93,7 @@ def add_lora(model: PreTrainedModel, spec: BackboneSpec, config: TrainConfig) ->
         target_modules="all-linear" if targets == ["all-linear"] else targets,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
-        init_lora_weights="gaussian" if config.init_lora_weights.lower() == "gaussian" else True,
+        init_lora_weights="gaussian" if str(config.init_lora_weights).lower() == "gaussian" else True,
         modules_to_save=sorted(between) or None,
         exclude_modules=rf"(.*\.)?({'|'.join(sorted(between))})(\..*)?" if between else None,
     )

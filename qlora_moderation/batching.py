@@ -55,7 +55,8 @@ def micro_batches(
     if layout == "padded":
         bins = _cut_padded(lengths, max_tokens)
     else:
-        count = math.ceil(sum(lengths) / max_tokens / world_size) * world_size
+        fewest = min(math.ceil(sum(lengths) / max_tokens), len(lengths))
+        count = math.ceil(fewest / world_size) * world_size
         balanced = _balance(lengths, max_tokens, count)
         while balanced is None:
             count += world_size

@@ -42,7 +42,7 @@ class TrainConfig:
     target_modules: tuple[str, ...] = option(("all-linear",), "layers that get an adapter")
     use_rslora: bool = option(False, "rank-stabilised LoRA")
     use_dora: bool = option(False, "weight-decomposed LoRA; slower")
-    init_lora_weights: str = option("true", "true or gaussian")
+    init_lora_weights: bool | str = option("true", "true or gaussian")
     bnb_4bit_use_double_quant: bool = option(True, "quantise the NF4 constants as well (qlora)")
 
     # data
@@ -114,7 +114,7 @@ class TrainConfig:
     def find_faults(self) -> list[str]:
         """Return contradictions between options, each with its remedy."""
         faults = []
-        init = self.init_lora_weights.lower()
+        init = str(self.init_lora_weights).lower()
         if init.startswith(BASE_ALTERING_INITS):
             faults.append(
                 f"--init_lora_weights {init}: changes the base weights, so the adapter would not fit the base that it "

@@ -92,7 +92,19 @@ class _Annotation:
 
 
 class _BadRow(Exception):
-    pass
+    """Why a row cannot be used; texts that a user wrote are shown short and printable."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason.encode("utf-8", "backslashreplace").decode())
+
+
+def _show(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
+
+
+def _has_lone_surrogate(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _read_text(row: dict[str, Any], column: str) -> str:
@@ -101,14 +113,14 @@ def _read_text(row: dict[str, Any], column: str) -> str:
     text = row[column]
     if not isinstance(text, str):
         raise _BadRow(f"{column} is {'empty (null)' if text is None else type(text).__name__}, not text")
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if _has_lone_surrogate(text):
         raise _BadRow(f"{column} holds a lone surrogate, which is no character")
     return text
 
 
 def _read_flag(value: Any, column: str) -> bool:
     if not isinstance(value, bool | np.bool_):
-        raise _BadRow(f"{column} is {value!r}, not true or false")
+        raise _BadRow(f"{column} is {_show(value)}, not true or false")
     return bool(value)
 
 
@@ -123,7 +135,7 @@ def _read_labels(row: dict[str, Any], taxonomy: Taxonomy) -> tuple[tuple[bool, .
     if votes is None:
         raise _BadRow("column category is missing")
     if not isinstance(votes, dict):
-        raise _BadRow(f"category is {votes!r}, not a mapping of names to true or false")
+        raise _BadRow(f"category is {_show(votes)}, not a mapping of names to true or false")
     unknown = [str(name) for name in votes if name not in taxonomy.categories]
     missing = [name for name in taxonomy.categories if name not in votes]
     if unknown or missing:
@@ -141,7 +153,9 @@ def _read_annotation(row: dict[str, Any], taxonomy: Taxonomy, place: str) -> _An
     model = _read_text(row, "model") if row.get("model") is not None else None
     votes = row.get("flagged")
     if votes is not None and not isinstance(votes, dict):
-        raise _BadRow(f"flagged is {votes!r}, not a mapping of moderators to true or false")
+        raise _BadRow(f"flagged is {_show(votes)}, not a mapping of moderators to true or false")
+    if any(_has_lone_surrogate(str(name)) for name in votes or {}):
+        raise _BadRow("flagged names a moderator with a lone surrogate, which is no character")
     verdicts = {
         str(name): _read_flag(vote, f"flagged by {name}") for name, vote in (votes or {}).items() if vote is not None
     }
@@ -254,7 +268,9 @@ def split_by_prompt(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pa
             "--eval_data_name_or_path, or more training rows"
         )
     kept = [index for index in range(len(pairs)) if index not in held_out]
-    return pairs.take(kept), pairs.take(sorted(held_out))
+    training = pairs.take(kept)
+    training.skipped_rows = pairs.skipped_rows
+    return training, pairs.take(sorted(held_out))
 
 
 def write_pairs(path: Path, pairs: Pairs, taxonomy: Taxonomy) -> None:
@@ -275,6 +291,8 @@ def write_pairs(path: Path, pairs: Pairs, taxonomy: Taxonomy) -> None:
                     turn += 1
             for names in ticked:
                 row: dict[str, Any] = {"prompt": pairs.prompts[i], "response": pairs.responses[i]}
+                if pairs.models is not None and pairs.models[i]:
+                    row["model"] = pairs.models[i]
                 if taxonomy.labels_from == "category":
                     row["category"] = {name: name in names for name in taxonomy.categories}
                 file.write(json.dumps({**row, "is_safe": not names}, ensure_ascii=False) + "\n")

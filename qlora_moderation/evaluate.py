@@ -117,7 +117,8 @@ def compute_flagged_proportion(
     """Return model -> moderator -> share of its judged answers that the moderator flags; `all` pools the models."""
     groups = {"all": np.ones(len(next(iter(verdicts.values()))), dtype=bool)}
     if models is not None:
-        groups = {model: np.array([m == model for m in models]) for model in dict.fromkeys(models)} | groups
+        named = [model for model in dict.fromkeys(models) if model]
+        groups = {model: np.array([m == model for m in models]) for model in named} | groups
     shares: dict[str, dict[str, float]] = {}
     for group, members in groups.items():
         for moderator, votes in verdicts.items():
@@ -133,7 +134,7 @@ def compute_all_agreements(verdicts: dict[str, np.ndarray], models: list[str] | 
     for moderator, votes in verdicts.items():
         if moderator == OURS:
             continue
-        for model in [None, *dict.fromkeys(models or [])]:
+        for model in [None, *(name for name in dict.fromkeys(models or []) if name)]:
             members = ~np.isnan(votes)
             if model is not None:
                 members &= np.array([name == model for name in models or []])

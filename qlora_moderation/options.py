@@ -12,12 +12,12 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
 from qlora_moderation.errors import ConfigError
+from qlora_moderation.strict_yaml import read_yaml
 
 T = TypeVar("T")
 _TRUE = {"true", "yes", "on", "1"}
@@ -36,31 +36,6 @@ def option(default: Any = dataclasses.MISSING, help: str = "", **checks: Any) ->
     return dataclasses.field(default=None if default is dataclasses.MISSING else default, metadata=metadata)
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error instead of a silent overwrite."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        repeated = next((key for index, key in enumerate(keys) if key in keys[:index]), None)
-        if repeated is not None:
-            raise yaml.YAMLError(f"key {repeated} stands twice")
-        return super().construct_mapping(node, deep=deep)
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except OSError as error:
-        raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: is not valid YAML: {' '.join(str(error).split())}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"--config {path}: must hold `key: value` lines, found a {type(values).__name__}")
-    return {str(key): value for key, value in values.items()}
-
-
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ` (did you mean X?)` for the nearest known name, or nothing when none is near."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
@@ -73,6 +48,8 @@ def _convert(value: Any, annotation: Any) -> Any:
     if origin in (Union, types.UnionType):
         if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
             return None
+        if set(arguments) == {bool, str}:  # a word for which YAML has a boolean of its own
+            return str(value).lower() if isinstance(value, bool) else _convert(value, str)
         return _convert(value, next(argument for argument in arguments if argument is not type(None)))
     if origin is Literal:
         text = (
@@ -82,7 +59,14 @@ def _convert(value: Any, annotation: Any) -> Any:
             raise ValueError(f"allowed: {', '.join(map(str, arguments))}{nearest(str(value), map(str, arguments))}")
         return text
     if origin is tuple:
-        items = value if isinstance(value, list | tuple) else str(value).replace(",", " ").split()
+        if value is None or isinstance(value, dict):
+            raise ValueError("expected a list")
+        parts = value if isinstance(value, list | tuple) else [value]
+        items = [
+            word for part in parts for word in (part.replace(",", " ").split() if isinstance(part, str) else [part])
+        ]
+        if not items:
+            raise ValueError("expected at least one")
         return tuple(_convert(item, arguments[0]) for item in items)
     if annotation is bool:
         text = str(value).lower()
@@ -126,7 +110,9 @@ def build_parser(cls: type, description: str, prog: str | None = None) -> argpar
     parser = argparse.ArgumentParser(
         prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
-    parser.add_argument("--config", metavar="YAML", help="file with `key: value` lines; flags win over it")
+    parser.add_argument(
+        "--config", metavar="YAML", nargs="?", const=_BARE, help="file of `key: value` lines; flags win"
+    )
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         annotation = hints[field.name]
@@ -137,7 +123,7 @@ def build_parser(cls: type, description: str, prog: str | None = None) -> argpar
         text = f"{field.metadata['help']} ({shown})".replace("%", "%%")
         arity: dict[str, Any] = {"nargs": "?", "const": _BARE}
         if typing.get_origin(annotation) is tuple:
-            arity = {"nargs": "+"}
+            arity = {"nargs": "*"}
         parser.add_argument(*names, dest=field.name, help=text, metavar="X", **arity)
     return parser
 
@@ -170,15 +156,19 @@ def load_options(cls: type[T], parser: argparse.ArgumentParser, argv: Sequence[s
 
     given: dict[str, tuple[str, Any]] = {}
     path = flags.pop("config", None)
-    if path is not None:
+    if path == _BARE:
+        faults.append("--config: needs a value, the path of a YAML file")
+    elif path is not None:
         values: dict[str, Any] = {}
         try:
-            values = _read_yaml(path)
+            values = read_yaml(path, "--config")
         except ConfigError as error:
             faults.append(str(error))
         for key, value in values.items():
             name = aliases.get(key, key)
-            if name in fields:
+            if name in given:
+                faults.append(f"{path}: {key} means {name}, which stands there already; keep one")
+            elif name in fields:
                 given[name] = (f"{path}: {key}", value)
             else:
                 faults.append(f"{path}: unknown key {key}{nearest(key, [*fields, *aliases])}")

@@ -87,43 +87,59 @@ def _as_row(value: Any) -> dict[str, Any] | str:
     return value if isinstance(value, dict) else f"is a {type(value).__name__}, not an object with columns"
 
 
+def _parse_json(text: str) -> dict[str, Any] | str:
+    """Return the object of one line, or why there is none."""
+    try:
+        return _as_row(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        return f"is not valid JSON ({_reason(error)})"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
+
+
 def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             place = f"{path}, line {number}"
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if line:
-                    yield place, _as_row(json.loads(line))
             except UnicodeDecodeError as error:
-                yield place, f"is not valid UTF-8 at byte {error.start}"
-            except json.JSONDecodeError as error:
-                yield place, f"is not valid JSON ({error.msg} at column {error.colno})"
-            except RecursionError:
-                yield place, "is nested too deeply"
+                yield place, f"is not valid UTF-8 at byte {error.start} of the line"
+                continue
+            if line:
+                yield place, _parse_json(line)
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
     """Read an array of objects, or JSON Lines under this ending; a place is the line that an object starts on."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not valid UTF-8 at byte {error.start}; save it as UTF-8") from None
-    start = len(text) - len(text.lstrip())
-    if text[start : start + 1] != "[":
+    raw = path.read_bytes()
+    if not raw.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         yield from _read_jsonl(path)
         return
-    decoder, position, line, counted = json.JSONDecoder(), start + 1, 1, 0
-    separator = re.compile(r"[\s,]*")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}, line {line}: is not valid UTF-8; save the file as UTF-8") from None
+    decoder, separator = json.JSONDecoder(), re.compile(r"[\s,]*")
+    position, line, counted = text.index("[") + 1, 1, 0
     while True:
         position = separator.match(text, position).end()  # type: ignore[union-attr]
         line, counted = line + text.count("\n", counted, position), position
         if text[position : position + 1] == "]":
+            rest = text[position + 1 :]
+            if rest.strip():
+                line += rest.count("\n", 0, len(rest) - len(rest.lstrip()))
+                raise DataError(f"{path}, line {line}: more text stands behind the array's end; remove it")
             return
         try:
             value, position = decoder.raw_decode(text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = getattr(error, "msg", "nested too deeply")
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", _reason(error))
             raise DataError(f"{path}, line {line}: is not valid JSON ({reason}); mend the file from there on") from None
         yield f"{path}, line {line}", _as_row(value)
 
@@ -131,33 +147,34 @@ def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
 def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
     """Read a header and rows; `category` is a column of JSON objects, or each category has a column of its own."""
     csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        line = 2
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        header: list[str] | None = None
         while True:
+            place = f"{path}, line {reader.line_num + 1}"
             try:
-                row = next(reader)
+                cells = next(reader)
             except StopIteration:
                 return
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}, after line {line - 1}: is not valid UTF-8 ({error.reason})") from None
             except csv.Error as error:
-                yield f"{path}, line {line}", f"is not valid CSV ({error})"
-                line = reader.line_num + 1
+                yield place, f"is not valid CSV ({error})"
                 continue
-            place, line = f"{path}, line {line}", reader.line_num + 1
-            if None in row or None in row.values():
-                yield place, f"has another number of columns than the header ({', '.join(reader.fieldnames or [])})"
+            if not cells:
+                continue
+            if header is None:
+                header = cells
+            elif any("\udc80" <= character <= "\udcff" for cell in cells for character in cell):
+                yield place, "is not valid UTF-8"
+            elif len(cells) != len(header):
+                yield place, f"has another number of columns than the header ({', '.join(header)}): {len(cells)}"
             else:
-                yield place, {name: _from_cell(name, value) for name, value in row.items()}
+                yield place, {name: _from_cell(name, cell) for name, cell in zip(header, cells, strict=True)}
 
 
 def _from_cell(name: str, value: str) -> Any:
     if name in ("category", "flagged") and value.lstrip().startswith("{"):
-        try:
-            return json.loads(value)
-        except json.JSONDecodeError:
-            return value
+        row = _parse_json(value)
+        return value if isinstance(row, str) else row
     if name not in ("prompt", "response", "model"):
         return {"true": True, "false": False}.get(value.strip().lower(), value)
     return value
@@ -171,11 +188,24 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             number = 0
             for batch in file.iter_batches(batch_size=4096):
-                for row in batch.to_pylist():
+                for row in _batch_rows(batch):
                     number += 1
                     yield f"{path}, row {number}", row
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: is not readable as Parquet ({str(error).splitlines()[0]})") from None
+
+
+def _batch_rows(batch: Any) -> list[dict[str, Any] | str]:
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        rows: list[dict[str, Any] | str] = []
+        for index in range(batch.num_rows):
+            try:
+                rows += batch.slice(index, 1).to_pylist()
+            except UnicodeDecodeError:
+                rows.append("is not valid UTF-8")
+        return rows
 
 
 def _read_hub(source: Source) -> Iterator[tuple[str, dict[str, Any] | str]]:

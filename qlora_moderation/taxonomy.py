@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from qlora_moderation.errors import ConfigError
+from qlora_moderation.strict_yaml import read_yaml
 
 BEAVERTAILS_CATEGORIES = (
     "animal_abuse",
@@ -31,6 +30,9 @@ BEAVERTAILS_CATEGORIES = (
     "violence,aiding_and_abetting,incitement",
 )
 """The 14 categories of BeaverTails (Ji et al. 2023, arXiv:2307.04657) in the order of the data set's columns."""
+
+RESERVED_NAMES = {"flagged", "micro", "macro"}
+"""Names that stand beside the categories in metrics."""
 
 DEFAULT_TEMPLATE = "BEGINNING OF CONVERSATION: USER: {question} ASSISTANT:{answer}"
 
@@ -58,6 +60,9 @@ class Taxonomy:
         elif len(set(self.categories)) != len(self.categories):
             repeated = sorted({name for name in self.categories if self.categories.count(name) > 1})
             faults.append(f"categories repeat {', '.join(repeated)}; each name may stand once")
+        reserved = sorted(RESERVED_NAMES.intersection(self.categories))
+        if reserved:
+            faults.append(f"categories hold {', '.join(reserved)}, which names a metric over all categories; rename it")
         question, answer = (self.template.find(slot) for slot in ("{question}", "{answer}"))
         counts = [self.template.count(slot) for slot in ("{question}", "{answer}")]
         if counts != [1, 1] or question > answer:
@@ -121,12 +126,7 @@ def load_taxonomy(path: str | Path | None) -> Taxonomy:
     """
     if path is None:
         return Taxonomy()
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"--taxonomy {path}: cannot be read ({error.strerror}); give the path of a YAML file"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--taxonomy {path}: is not valid YAML ({' '.join(str(error).split())})") from None
+    values = read_yaml(path, "--taxonomy")
+    if not values:
+        raise ConfigError(f"--taxonomy {path}: is empty; name the categories, or leave the option out for BeaverTails'")
     return Taxonomy.from_dict(values, source=str(path))

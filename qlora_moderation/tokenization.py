@@ -47,15 +47,19 @@ def _build_text_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
             f"{tokenizer.name_or_path}: its tokenizer has no `tokenizers` backend (tokenizer.json); convert it first"
         )
     state = json.loads(backend.to_str())
-    control = {token["content"] for token in state["added_tokens"]}
+    _drop_control_merges(state)
     state["added_tokens"] = []
     state["post_processor"] = state["padding"] = state["truncation"] = None
-    merges = state["model"].get("merges")
-    if merges:  # a vocabulary that lists `</s>` could also reach it by merging `</` and `s>`
-        state["model"]["merges"] = [
-            merge for merge in merges if "".join(merge if isinstance(merge, list) else merge.split(" ")) not in control
-        ]
     return Tokenizer.from_str(json.dumps(state))
+
+
+def _drop_control_merges(state: dict[str, Any]) -> None:
+    """Keep a vocabulary that lists `</s>` from reaching it by merging `</` and `s>`."""
+    control = {token["content"] for token in state["added_tokens"]}
+    merges = state["model"].get("merges") or []
+    kept = [merge for merge in merges if "".join(merge if isinstance(merge, list) else merge.split(" ")) not in control]
+    if len(kept) < len(merges):
+        state["model"]["merges"] = kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,12 +206,22 @@ def prepare_for_stock_use(tokenizer: Any, encoder: TextEncoder) -> None:
 
     The tokenizer is changed in place; it then serves `pipeline("text-classification")` on `Taxonomy.render(...)`.
     """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    _drop_control_merges(state)
+    for token in state["added_tokens"]:
+        token["special"] = True  # `split_special_tokens` reads only special ones as text
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
     names = {token: tokenizer.convert_ids_to_tokens(token) for token in {*encoder.begin_ids, *encoder.end_ids}}
     single = [*(names[i] for i in encoder.begin_ids), "$A", *(names[i] for i in encoder.end_ids)]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=" ".join(single), special_tokens=[(name, token) for token, name in names.items()]
     )
-    tokenizer.padding_side = tokenizer.truncation_side = "right"
-    tokenizer.model_max_length = encoder.max_length
-    tokenizer.split_special_tokens = True
-    tokenizer.init_kwargs["split_special_tokens"] = True
+    settings = {
+        "padding_side": "right",
+        "truncation_side": "right",
+        "model_max_length": encoder.max_length,
+        "split_special_tokens": True,
+    }
+    for name, value in settings.items():
+        setattr(tokenizer, name, value)
+        tokenizer.init_kwargs[name] = value  # what `save_pretrained` writes

@@ -15,7 +15,7 @@ PACKAGE = "qlora_moderation"
 # A module imports only from those above it. A new module goes below everything that it imports, and as high as that allows.
 LAYERS = """
     errors
-    options config taxonomy metadata thresholds
+    strict_yaml options config taxonomy metadata thresholds
     rows data audit
     tokenization
     batching layout

@@ -187,9 +187,10 @@ def test_text_baselines_see_what_their_view_shows():
 
 
 def test_the_pair_baseline_keeps_a_question_apart_from_an_answer():
-    texts = [("black", "white"), ("white", "black")] * 5
-    both = pairs_of(texts, [YES, NO] * 5)
-    assert compute_text_baselines(both, both, 0.5)["tfidf_pair"]["auroc"] == 1
+    # a new word beside each of the two, so that no pair of words tells the order
+    texts = [pair for i in range(20) for pair in ((f"black {i}q", f"{i}a white"), (f"white {i}q", f"{i}a black"))]
+    training, judged = pairs_of(texts[:20], [YES, NO] * 10), pairs_of(texts[20:], [YES, NO] * 10)
+    assert compute_text_baselines(training, judged, 0.5)["tfidf_pair"]["auroc"] == 1
 
 
 def test_text_baselines_weigh_annotations_and_need_two_kinds():
@@ -206,7 +207,7 @@ def test_text_baselines_weigh_annotations_and_need_two_kinds():
 NAN = float("nan")
 VERDICTS = {
     OURS: np.array([1.0, 1, 0, 0]),
-    "human": np.array([1, 0.5, 0.4, NAN]),
+    "human": np.array([1, 1, 0.5, NAN]),
     "api": np.array([0, NAN, 1, NAN]),
 }
 MODELS = ["alpaca", "alpaca", "vicuna", "vicuna"]
@@ -216,8 +217,8 @@ def test_flagged_proportion_of_each_model_and_moderator():
     shares = compute_flagged_proportion(VERDICTS, MODELS)
     assert shares == {
         "alpaca": {OURS: 1, "human": 1, "api": 0},
-        "vicuna": {OURS: 0, "human": 0, "api": 1},
-        "all": {OURS: 0.5, "human": pytest.approx(2 / 3), "api": 0.5},
+        "vicuna": {OURS: 0, "human": 1, "api": 1},
+        "all": {OURS: 0.5, "human": 1, "api": 0.5},
     }
     assert list(shares) == ["alpaca", "vicuna", "all"]
     assert compute_flagged_proportion(VERDICTS, None) == {"all": shares["all"]}
@@ -234,10 +235,10 @@ def test_agreement_with_each_moderator_over_what_it_judged():
         ("human", "all"): 3, ("human", "alpaca"): 2, ("human", "vicuna"): 1,
         ("api", "all"): 2, ("api", "alpaca"): 1, ("api", "vicuna"): 1,
     }  # fmt: skip
-    assert named["human", "all"]["cohen_kappa"] == 1 and named["api", "all"]["cohen_kappa"] == -1
-    assert named["human", "all"]["reference_flagged"] == pytest.approx(2 / 3)
-    expected = compute_agreement(np.array([NO, YES]), np.array([YES, NO]))
-    assert {key: named["api", "all"][key] for key in expected} == expected
+    assert named["api", "all"]["cohen_kappa"] == -1
+    expected = compute_agreement(np.array([YES, YES, YES]), np.array([YES, YES, NO]))  # a tie counts as yes
+    assert expected["recall"] == pytest.approx(2 / 3) and expected["precision"] == 1
+    assert {key: named["human", "all"][key] for key in expected} == expected
     assert [row["model"] for row in compute_all_agreements(VERDICTS, None)] == ["all", "all"]
 
 

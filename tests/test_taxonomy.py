@@ -58,8 +58,8 @@ def test_a_yaml_file_needs_only_what_differs(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "must be a mapping with the key categories, found NoneType"),
-        ("- a\n- b\n", "must be a mapping with the key categories, found list"),
+        ("", "is empty; name the categories"),
+        ("- a\n- b\n", "must hold `key: value` lines, found a list"),
         ("catgories: [a]\n", "unknown key catgories; allowed: categories, flagged_rule, labels_from, template"),
         ("categories: a, b\n", "categories must be a list of names in their order"),
         ("categories: {a: 1}\n", "categories must be a list of names in their order"),

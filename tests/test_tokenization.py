@@ -198,7 +198,8 @@ def words(mark: str, count: int) -> str:
 @pytest.mark.parametrize(("questions", "answers"), [(3, 200), (200, 3), (150, 180), (12, 40), (60, 10), (1, 41)])
 @pytest.mark.parametrize("max_length", [96, 130])
 def test_windows_lose_nothing(plain, taxonomy, questions, answers, max_length):
-    question, answer = words("q", questions), words("a", answers)
+    # a first word that is one token with the space before it, which crosses the border
+    question, answer = f"How {words('q', questions)}", f"How {words('a', answers)}"
     parts = Parts(plain, taxonomy, question, answer)
     encoder = TextEncoder(plain, taxonomy, max_length)
     windows = encoder.windows([question], [answer])
