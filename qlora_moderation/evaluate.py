@@ -16,7 +16,7 @@ from qlora_moderation.baselines import compute_constant_baselines, compute_text_
 from qlora_moderation.classifier import Classifier, load_classifier, replaced_whole
 from qlora_moderation.config import EvaluateConfig
 from qlora_moderation.data import Pairs, load_pairs
-from qlora_moderation.errors import CheckpointError
+from qlora_moderation.errors import CheckpointError, DataError
 from qlora_moderation.metadata import write_json, write_text
 from qlora_moderation.metrics import compute_agreement, compute_metrics, majority
 from qlora_moderation.plots import plot_flagged_proportion
@@ -41,6 +41,8 @@ def evaluate(config: EvaluateConfig, log: Callable[[str], None] = print) -> dict
     classifier = load_classifier(config.model_path, config.dtype, config.use_cpu, max_length=config.max_length)
     taxonomy = classifier.taxonomy
     pairs = load_pairs(config.eval_dataset, taxonomy, config.on_bad_row, log)
+    if OURS in pairs.verdicts:
+        raise DataError(f"{config.eval_dataset}: names a moderator {OURS}, as this project's own verdicts are; rename it")
     training = None
     if config.train_data_name_or_path is not None:
         training = load_pairs(config.train_data_name_or_path, taxonomy, config.on_bad_row, log, need_labels=True)
