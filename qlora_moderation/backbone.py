@@ -157,7 +157,7 @@ def load_backbone(
         dtype: compute type. Without quantisation also the type of the weights.
         device: where the weights go.
         layout: decides the attention function.
-        quantization: NF4 settings; the weights are read and come back in its `weights_dtype`.
+        quantization: NF4 settings; the weights are read in its `weights_dtype` before rounding.
         dropout: set for every dropout of the backbone.
 
     Raises:
@@ -223,6 +223,8 @@ def _set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
             module.compute_dtype = dtype
             module.compute_type_is_set = True
             module.support_avx512bf16_for_cpu = False
+            # bitsandbytes unpacks to this type with gradients and to the inputs' type without: make both the same
+            module.weight.quant_state.dtype = dtype
         else:
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(dtype)

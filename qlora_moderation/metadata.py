@@ -21,8 +21,8 @@ METADATA_FILE = "moderation_config.json"
 class Quantization:
     """NF4 settings that an adapter was trained against.
 
-    `weights_dtype` is the type in which the base weights were read before rounding and in which they come back: the same
-    base rounded from another type gives other weights.
+    `weights_dtype` is the type in which the base weights were read before rounding: the same base rounded from another
+    type gives other weights. They come back in the compute type.
     """
 
     double_quant: bool = True

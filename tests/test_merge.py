@@ -170,3 +170,22 @@ def test_a_moved_or_truncated_base_is_named(runs, llama, tmp_path):
     with pytest.raises(CheckpointError, match="is gone; name where it lies now"):
         load_classifier(adapter)
     assert load_classifier(adapter, base_model=str(llama)) is not None
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_bfloat16_run_is_merged_faithfully(method, llama, rows_file, tmp_path, monkeypatch):
+    """As on CUDA: a bfloat16 base, fp32 adapters and head, NF4 rounded from bfloat16."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    options = {"method": method, "dtype": "bfloat16", "max_steps": 3}
+    weights = train(make_config(llama, rows_file, tmp_path / "run", **options), silent)
+    stored = load_file(weights / "adapter_model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float32}
+    for dtype in ("bfloat16", "float32"):
+        network = load_classifier(weights, dtype).model.network
+        assert network.base_model.model.score.modules_to_save["default"].weight.dtype == torch.float32
+        assert network.get_base_model().model.norm.weight.dtype == getattr(torch, dtype)
+        head = network.base_model.model.score.modules_to_save["default"].weight
+        assert torch.equal(head, stored["base_model.model.score.weight"])
+    merge_adapter(MergeConfig(str(weights), str(tmp_path / "m"), dtype="float32"), silent)
+    report = read_json(tmp_path / "m" / "merge_report.json")
+    assert report["gated"] and report["largest_logit_difference"] < 1e-5
