@@ -42,7 +42,9 @@ def evaluate(config: EvaluateConfig, log: Callable[[str], None] = print) -> dict
     taxonomy = classifier.taxonomy
     pairs = load_pairs(config.eval_dataset, taxonomy, config.on_bad_row, log)
     if OURS in pairs.verdicts:
-        raise DataError(f"{config.eval_dataset}: names a moderator {OURS}, as this project's own verdicts are; rename it")
+        raise DataError(
+            f"{config.eval_dataset}: names a moderator {OURS}, as this project's own verdicts are; rename it"
+        )
     training = None
     if config.train_data_name_or_path is not None:
         training = load_pairs(config.train_data_name_or_path, taxonomy, config.on_bad_row, log, need_labels=True)
