@@ -97,6 +97,13 @@ def add_lora(model: PreTrainedModel, spec: BackboneSpec, config: TrainConfig) ->
         modules_to_save=sorted(between) or None,
         exclude_modules=rf"(.*\.)?({'|'.join(sorted(between))})(\..*)?" if between else None,
     )
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for target in targets:
+        if target != "all-linear" and not any(name == target or name.endswith(f".{target}") for name in linear):
+            known = sorted(
+                {name.rpartition(".")[2] for name in linear if name.startswith(f"{model.base_model_prefix}.")}
+            )
+            raise ConfigError(f"--target_modules {target}: names no linear layer; there are {', '.join(known)}")
     torch.manual_seed(config.seed)
     try:
         return get_peft_model(model, settings)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -59,9 +60,11 @@ def inspect_backbone(name: str, revision: str | None = None) -> BackboneSpec:
     Raises:
         CheckpointError: no such checkpoint, an architecture that cannot be run, or weights that are already quantised.
     """
+    if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
+        raise CheckpointError(f"{name}: is an adapter, not a backbone; merge it first (scripts/merge_adapter.py)")
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{name}: is no readable model directory or hub name ({brief(error)})") from None
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(f"{name}: its weights are already quantised; give the unquantised base, NF4 is done here")

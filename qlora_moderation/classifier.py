@@ -225,6 +225,9 @@ def load_classifier(
     directory = Path(path)
     if not directory.is_dir():
         raise CheckpointError(f"{path}: no such directory; give an adapter, full or merged model directory")
+    inner = [name for name in ("merged", "adapter", "model") if (directory / name).is_dir()]
+    if inner and not (directory / "config.json").is_file() and not (directory / ADAPTER_FILE).is_file():
+        raise CheckpointError(f"{path}: is a run directory; give {directory / inner[0]}")
     device = choose_device(use_cpu)
     compute_dtype = bb.choose_dtype(dtype, device)
     metadata = load_metadata(directory)
@@ -232,6 +235,11 @@ def load_classifier(
     if is_adapter:
         if metadata is None:
             raise CheckpointError(f"{path}: an adapter without moderation_config.json; its meaning is unknown")
+        stored_settings = read_json(directory / ADAPTER_FILE)
+        if not isinstance(stored_settings, dict) or not stored_settings.get("base_model_name_or_path"):
+            raise CheckpointError(f"{directory / ADAPTER_FILE}: names no base model; copy the adapter again")
+        if not (directory / "adapter_model.safetensors").is_file():
+            raise CheckpointError(f"{path}: adapter_model.safetensors is missing; copy the adapter again")
         settings = PeftConfig.from_pretrained(str(directory))
         name = base_model or str(settings.base_model_name_or_path)
         if Path(name).is_absolute() and not Path(name).is_dir():

@@ -80,6 +80,9 @@ def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = Non
     except ModerationError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; a run with checkpoints goes on when the same command is given again", file=sys.stderr)
+        return 130
     return 0
 
 

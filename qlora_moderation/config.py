@@ -79,7 +79,7 @@ class TrainConfig:
     adam_beta2: float = option(0.999, "second-moment decay", minimum=0, maximum=0.999999)
     adam_epsilon: float = option(1e-8, "added to the denominator", above=0)
     max_grad_norm: float = option(1.0, "gradient norm above which it is scaled down; 0: never", minimum=0)
-    seed: int = option(42, "of order, head, adapters, splits", minimum=0)
+    seed: int = option(42, "of order, head, adapters, splits", minimum=0, maximum=2**63 - 1)
     eval_strategy: Literal["no", "steps", "epoch"] = option(
         "epoch", "when to evaluate", aliases=("evaluation_strategy",)
     )
@@ -138,6 +138,8 @@ class TrainConfig:
             faults.append("--bf16 True contradicts --dtype float32; drop one")
         if self.method == "full" and self.use_dora:
             faults.append("--use_dora needs --method lora or qlora")
+        if self.max_steps == 0:
+            faults.append("--max_steps 0 trains nothing; give a number above 0, -1 to go by epochs, or --dry_run")
         unknown = set(self.report_to) - {"none", "tensorboard", "wandb", "trackio"}
         if unknown:
             faults.append(f"--report_to {' '.join(sorted(unknown))}: allowed: tensorboard, wandb, trackio, none")
@@ -202,7 +204,7 @@ class QuickstartConfig:
     output_dir: str = option("output/quickstart", "replaced where it is an earlier quick start's")
     max_steps: int = option(-1, "stop after this many steps (real backbone); -1: by epochs", minimum=-1)
     learning_rate: float | None = option(None, "of a real backbone", above=0)
-    seed: int = option(0, "of sample, backbone, order and adapters", minimum=0)
+    seed: int = option(0, "of sample, backbone, order and adapters", minimum=0, maximum=2**63 - 1)
 
     def find_faults(self) -> list[str]:
         """Return contradictions between options."""
@@ -222,7 +224,7 @@ class BackboneConfig:
     vocab_size: int = option(4096, "most tokens of the tokenizer", minimum=512)
     max_length: int = option(512, "longest text in tokens", minimum=16)
     steps: int = option(200, "language-model steps", minimum=0)
-    seed: int = option(0, "of weights and order", minimum=0)
+    seed: int = option(0, "of weights and order", minimum=0, maximum=2**63 - 1)
     on_bad_row: Literal["stop", "skip"] = option("stop", "what a broken row does")
 
     def find_faults(self) -> list[str]:

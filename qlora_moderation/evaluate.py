@@ -36,7 +36,9 @@ def evaluate(config: EvaluateConfig, log: Callable[[str], None] = print) -> dict
         ModerationError: model or rows cannot be used, or `output_dir` holds other things.
     """
     output = Path(config.output_dir)
-    if output.is_file() or (output.is_dir() and {path.name for path in output.iterdir()} - _WRITTEN):
+    if output.is_file():
+        raise CheckpointError(f"--output_dir {output}: is a file; give a directory")
+    if output.is_dir() and {path.name for path in output.iterdir()} - _WRITTEN:
         raise CheckpointError(f"--output_dir {output}: holds other files than an evaluation's; give another directory")
     classifier = load_classifier(config.model_path, config.dtype, config.use_cpu, max_length=config.max_length)
     taxonomy = classifier.taxonomy
@@ -48,6 +50,8 @@ def evaluate(config: EvaluateConfig, log: Callable[[str], None] = print) -> dict
     training = None
     if config.train_data_name_or_path is not None:
         training = load_pairs(config.train_data_name_or_path, taxonomy, config.on_bad_row, log, need_labels=True)
+    low, high = min(classifier.thresholds.per_category), max(classifier.thresholds.per_category)
+    log(f"thresholds: {low:g}{f' to {high:g}' if high > low else ''} ({classifier.thresholds.origin})")
     log(f"scoring {len(pairs):,} distinct pairs of {pairs.annotations:,} rows")
     long_text = config.long_text or classifier.metadata.long_text
     scores = score_pairs(classifier, pairs.prompts, pairs.responses, long_text, config.max_tokens_per_micro_batch)

@@ -54,10 +54,7 @@ def merge_adapter(config: MergeConfig, log: Callable[[str], None] = print) -> Pa
         raise CheckpointError(
             f"--adapter_path {adapter_path}: holds no {ADAPTER_FILE}; give the adapter directory of a run"
         )
-    if output.exists() and not config.overwrite:
-        raise CheckpointError(f"--output_dir {output}: exists; give another directory, or --overwrite")
-    if output.resolve() in (adapter_path.resolve(), *adapter_path.resolve().parents):
-        raise ConfigError(f"--output_dir {output}: holds the adapter itself; give another directory")
+    _check_target(output, adapter_path, config.overwrite)
     adapter = load_classifier(adapter_path, "float32", config.use_cpu)
     quantized = adapter.metadata.quantization is not None
     base = config.base if config.base != "auto" else ("dequantized" if quantized else "original")
@@ -107,6 +104,21 @@ def merge_adapter(config: MergeConfig, log: Callable[[str], None] = print) -> Pa
     log(f"written: {output}")
     log(f"next: scripts/evaluate.py --model_path {output} --eval_dataset FILE --output_dir DIR")
     return output
+
+
+def _check_target(output: Path, adapter: Path, overwrite: bool) -> None:
+    """Refuse a target whose writing would lose anything but an earlier merge."""
+    target, source = output.resolve(), adapter.resolve()
+    if target == source or target in source.parents or source in target.parents:
+        raise ConfigError(f"--output_dir {output}: holds the adapter itself, or lies in it; give another directory")
+    if not output.exists() and not output.is_symlink():
+        return
+    if not overwrite:
+        raise CheckpointError(f"--output_dir {output}: exists; give another directory, or --overwrite")
+    if output.is_symlink() or not (output / "merge_report.json").is_file():
+        raise CheckpointError(
+            f"--output_dir {output}: is no earlier merge, so --overwrite does not touch it; give another"
+        )
 
 
 def _name(dtype: torch.dtype) -> str:

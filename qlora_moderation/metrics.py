@@ -16,6 +16,15 @@ from qlora_moderation.thresholds import Thresholds
 Metrics = dict[str, float | None]
 
 
+_BINARY = ("accuracy", "precision", "recall", "f1", "auroc", "average_precision")
+
+
+def selecting_metrics(categories: Sequence[str]) -> list[str]:
+    """Return the names by which weights can be selected: those of `compute_metrics` where higher is better."""
+    names = [f"{part}/{key}" for part in ("flagged", "micro", "macro", *categories) for key in _BINARY]
+    return [name for name in names if name != "macro/accuracy"]
+
+
 def majority(votes: np.ndarray) -> np.ndarray:
     """Return where at least half of the annotators said yes; a tie counts as yes, the cautious reading."""
     return votes >= 0.5

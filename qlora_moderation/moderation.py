@@ -84,8 +84,8 @@ class QAModeration:
                     raise DataError(f"{name} {index + 1} is {type(text).__name__}, not text")
         if batch_size < 1:
             raise ConfigError(f"batch_size {batch_size}: must be at least 1")
-        if threshold is not None and not 0 <= threshold <= 1:
-            raise ConfigError(f"threshold {threshold}: must lie in [0, 1]")
+        if threshold is not None and (not isinstance(threshold, int | float) or not 0 <= threshold <= 1):
+            raise ConfigError(f"threshold {threshold}: must be one number in [0, 1]")
         results = self._judge(questions, answers, batch_size, return_bool, threshold) if questions else []
         return results[0] if isinstance(question, str) else results
 

@@ -5,6 +5,7 @@ In: the names of `--report_to`. Out: objects with `log` and `finish`.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,19 @@ from qlora_moderation.config import TrainConfig
 from qlora_moderation.errors import ConfigError
 
 
-class Trackers:
-    """All trackers of a run, as one.
+def check_trackers(config: TrainConfig) -> None:
+    """Refuse a tracker whose package is not installed, before anything is loaded or written.
 
     Raises:
-        ConfigError: a tracker's package is not installed; the message names the extra.
+        ConfigError: names the extra to install.
     """
+    for name in config.report_to:
+        if name != "none" and importlib.util.find_spec(name) is None:
+            raise ConfigError(f"--report_to {name} needs its package: pip install 'qlora-moderation[{name}]'")
+
+
+class Trackers:
+    """All trackers of a run, as one."""
 
     def __init__(self, config: TrainConfig) -> None:
         self._trackers: list[Any] = []
@@ -31,14 +39,9 @@ class Trackers:
         classes = {"tensorboard": "TensorBoardTracker", "wandb": "WandBTracker", "trackio": "TrackioTracker"}
         run = Path(config.output_dir).name
         for name in names:
-            try:
-                arguments = {"logging_dir": config.output_dir} if name == "tensorboard" else {}
-                tracker = getattr(tracking, classes[name])(run, **arguments)
-                tracker.start() if hasattr(tracker, "start") else None
-            except ImportError:
-                raise ConfigError(
-                    f"--report_to {name} needs its package: pip install 'qlora-moderation[{name}]'"
-                ) from None
+            arguments = {"logging_dir": config.output_dir} if name == "tensorboard" else {}
+            tracker = getattr(tracking, classes[name])(run, **arguments)
+            tracker.start() if hasattr(tracker, "start") else None
             settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(config).items()}
             tracker.store_init_configuration(settings)
             self._trackers.append(tracker)

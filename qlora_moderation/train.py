@@ -26,8 +26,9 @@ from qlora_moderation.errors import CheckpointError, ConfigError, ModerationErro
 from qlora_moderation.layout import build_micro_batch
 from qlora_moderation.loss import compute_loss
 from qlora_moderation.metadata import write_json, write_text
-from qlora_moderation.metrics import Metrics, compute_metrics
+from qlora_moderation.metrics import Metrics, compute_metrics, selecting_metrics
 from qlora_moderation.optim import build_optimizer, build_scheduler
+from qlora_moderation.options import nearest
 from qlora_moderation.plan import (
     Log,
     Material,
@@ -44,7 +45,7 @@ from qlora_moderation.prior import set_head_prior
 from qlora_moderation.run_directory import RunDirectory
 from qlora_moderation.scoring import score_pairs
 from qlora_moderation.taxonomy import load_taxonomy
-from qlora_moderation.tracking import Trackers
+from qlora_moderation.tracking import Trackers, check_trackers
 
 
 class NonFiniteError(ModerationError):
@@ -57,9 +58,16 @@ def train(config: TrainConfig, log: Log = print) -> Path:
     Raises:
         ModerationError: bad configuration, data or files, or a loss that is not finite.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("WORLD_SIZE is above 1: this version trains in one process; start it without torchrun")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError("WORLD_SIZE is not 1: this version trains in one process; start it without torchrun")
     taxonomy = load_taxonomy(config.taxonomy)
+    allowed = selecting_metrics(taxonomy.categories)
+    if config.metric_for_best_model not in allowed:
+        hint = nearest(config.metric_for_best_model, allowed)
+        raise ConfigError(
+            f"--metric_for_best_model {config.metric_for_best_model}: is no metric of this taxonomy{hint}"
+        )
+    check_trackers(config)
     device = choose_device(config.use_cpu)
     for line in [*config.advice(), *find_inapplicable(config, device)]:
         log(line)
@@ -87,6 +95,9 @@ def train(config: TrainConfig, log: Log = print) -> Path:
         trained = _Loop(config, classifier, material, plan, run, log).run()
         plot_curves(run.records(), config.metric_for_best_model, run.path / "curves.png")
         run.set_status("finished", best=trained.name)
+    except KeyboardInterrupt:
+        run.set_status("interrupted")
+        raise
     except BaseException as error:
         run.set_status("failed", error=type(error).__name__)
         raise
@@ -252,8 +263,6 @@ class _Loop:
         metrics = compute_metrics(
             validation.labels, validation.flagged, scores.probabilities, self.classifier.thresholds, categories
         )
-        if name not in metrics:
-            raise ConfigError(f"--metric_for_best_model {name}: allowed: {', '.join(metrics)}")
         value = metrics[name]
         better = value is not None and (self.best is None or value > self.best)
         self.run_files.record(

@@ -93,3 +93,54 @@ def test_a_damaged_checkpoint_is_named_and_an_earlier_one_serves(llama, rows_fil
     log: list[str] = []
     train(earlier, log.append)
     assert any("going on from step-000004" in line for line in log)
+
+
+def test_starting_over_removes_what_a_run_wrote_and_nothing_else(llama, rows_file, tmp_path):
+    import shutil
+
+    run = tmp_path / "run"
+    weights = train(make_config(llama, rows_file, run, method="full", max_steps=1), silent)
+    (run / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"starting over would remove .*model, which this run reads"):
+        train(make_config(weights, rows_file, run, overwrite_output_dir=True), silent)
+    shutil.copy(rows_file, run / "validation.jsonl")
+    with pytest.raises(CheckpointError, match=r"starting over would remove .*validation\.jsonl"):
+        train(make_config(llama, run / "validation.jsonl", run, overwrite_output_dir=True), silent)
+    assert (weights / "model.safetensors").is_file()
+    train(make_config(llama, rows_file, run, overwrite_output_dir=True, max_steps=1), silent)
+    assert (run / "notes.txt").read_text() == "mine" and not weights.exists() and (run / "adapter").is_dir()
+
+
+def test_an_interrupted_run_without_checkpoints_keeps_its_weights(llama, rows_file, tmp_path, monkeypatch):
+    config = make_config(llama, rows_file, tmp_path / "run", **options(save_strategy="no"))
+    whole_step = _Loop.take_step
+    monkeypatch.setattr(_Loop, "take_step", lambda self, step: _interrupt() if step == 5 else whole_step(self, step))
+    with pytest.raises(KeyboardInterrupt):
+        train(config, silent)
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "interrupted"
+    with pytest.raises(CheckpointError, match="holds adapter/ of a run that stopped without a checkpoint"):
+        train(config, silent)
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def _interrupt():
+    raise KeyboardInterrupt
+
+
+def test_a_wrong_resume_and_a_damaged_run_directory_are_named(llama, rows_file, tmp_path):
+    with pytest.raises(CheckpointError, match="--resume atuo: is neither auto nor never nor a directory"):
+        train(make_config(llama, rows_file, tmp_path / "run", resume="atuo"), silent)
+    assert not (tmp_path / "run").exists()
+    config = make_config(llama, rows_file, tmp_path / "run", max_steps=1)
+    train(config, silent)
+    (tmp_path / "run" / "config.yaml").write_text("")
+    with pytest.raises(CheckpointError, match=r"config\.yaml: is damaged"):
+        train(config, silent)
+
+
+def test_a_run_directory_may_be_moved(llama, rows_file, tmp_path):
+    train(make_config(llama, rows_file, tmp_path / "run", **options()), silent)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    log: list[str] = []
+    train(make_config(llama, rows_file, tmp_path / "moved", **options()), log.append)
+    assert "finished already" in log[-1]

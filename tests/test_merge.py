@@ -137,8 +137,32 @@ def test_targets_and_adapters_that_do_not_fit_are_refused(runs, tmp_path):
         merge_adapter(MergeConfig(str(tmp_path), str(tmp_path / "m")), silent)
     with pytest.raises(ConfigError, match="holds the adapter itself"):
         merge_adapter(MergeConfig(adapter, str(runs["lora"].directory), overwrite=True), silent)
-    merge_adapter(MergeConfig(adapter, str(tmp_path / "there"), overwrite=True), silent)
-    assert (tmp_path / "there" / "model.safetensors").is_file()
+    with pytest.raises(ConfigError, match="or lies in it"):
+        merge_adapter(MergeConfig(adapter, f"{adapter}/merged", overwrite=True), silent)
+    for target in (tmp_path / "there", tmp_path / "there" / "file"):
+        with pytest.raises(CheckpointError, match="is no earlier merge"):
+            merge_adapter(MergeConfig(adapter, str(target), overwrite=True), silent)
+    assert (tmp_path / "there" / "file").read_text() == "kept"
+    for _ in range(2):
+        merge_adapter(MergeConfig(adapter, str(tmp_path / "m"), overwrite=True), silent)
+    assert (tmp_path / "m" / "model.safetensors").is_file()
+
+
+def test_a_damaged_adapter_is_named(runs, tmp_path):
+    import shutil
+
+    for number, text in enumerate(('{"base_model', "[]", "null", "{}", "")):
+        adapter = tmp_path / str(number)
+        shutil.copytree(runs["lora"].weights, adapter)
+        (adapter / "adapter_config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
+            load_classifier(adapter)
+    shutil.copytree(runs["lora"].weights, tmp_path / "empty")
+    (tmp_path / "empty" / "adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors is missing"):
+        load_classifier(tmp_path / "empty")
+    with pytest.raises(CheckpointError, match=r"is a run directory; give .*adapter"):
+        load_classifier(runs["lora"].directory)
 
 
 def test_weights_that_the_type_cannot_hold_are_refused(llama, rows_file, tmp_path):

@@ -37,7 +37,7 @@ def test_predict_on_one_pair_and_on_lists(runs):
         ({"question": ["a", "b"], "answer": ["b"]}, DataError, "2 questions with 1 answers"),
         ({"question": ["a"], "answer": [3]}, DataError, "answer 1 is int, not text"),
         ({"question": "\ud800", "answer": "b"}, DataError, "lone surrogate"),
-        ({"question": "a", "answer": "b", "threshold": 1.5}, ConfigError, r"must lie in \[0, 1\]"),
+        ({"question": "a", "answer": "b", "threshold": 1.5}, ConfigError, r"must be one number in \[0, 1\]"),
         ({"question": "a", "answer": "b", "batch_size": 0}, ConfigError, "at least 1"),
     ],
 )

@@ -106,8 +106,8 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows(llama, rows_file, tm
 
 def test_an_unknown_metric_or_too_little_data_is_refused(llama, rows, rows_file, tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 1}
-    with pytest.raises(ConfigError, match=r"--metric_for_best_model f1: allowed: flagged/accuracy"):
-        train(make_config(llama, rows_file, tmp_path / "a", metric_for_best_model="f1", **options), silent)
+    with pytest.raises(ConfigError, match=r"micro/f1x: is no metric of this taxonomy .did you mean micro/f1"):
+        train(make_config(llama, rows_file, tmp_path / "a", metric_for_best_model="micro/f1x", **options), silent)
     single = write_rows(tmp_path / "one.jsonl", rows[:1])
     with pytest.raises(DataError, match="leaves no training or no validation pair"):
         train(make_config(llama, single, tmp_path / "b", **options), silent)
@@ -243,7 +243,9 @@ def test_backbones_that_do_not_fit_are_refused_in_one_line(bert, llama, runs, ro
         (bert, {"method": "qlora"}, r"is an encoder; --method qlora is for decoders"),
         (llama, {"max_length": 4096, "max_tokens_per_micro_batch": 4096}, r"reads at most 2048 tokens"),
         (tmp_path, {}, r"is no readable model directory or hub name"),
-        (llama, {"target_modules": ("nothing",)}, r"--target_modules nothing:"),
+        (llama, {"target_modules": ("q_proj", "nothing")}, r"--target_modules nothing: names no linear layer.*q_proj"),
+        (llama, {"report_to": ("trackio",)}, r"--report_to trackio needs its package: pip install"),
+        (runs["lora"].weights, {}, r"is an adapter, not a backbone; merge it first"),
         (bert, {"layout": "packed"}, r"--layout packed: encoders attend both ways"),
     ]
     for backbone, options, message in cases:
