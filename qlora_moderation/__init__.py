@@ -6,6 +6,7 @@ H hidden size, W processes.
 
 from __future__ import annotations
 
+import logging
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,9 @@ from qlora_moderation.errors import CheckpointError, ConfigError, DataError, Mod
 
 if TYPE_CHECKING:
     from qlora_moderation.moderation import QAModeration
+
+# At import bitsandbytes advises a package for its CPU kernel, which this library switches off (see backbone.py).
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 try:
     __version__ = version("qlora-moderation")

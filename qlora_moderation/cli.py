@@ -5,7 +5,6 @@ In: a command line. Out: an exit code. 2 is a fault that the message says how to
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import warnings
@@ -90,7 +89,6 @@ def _silence_libraries() -> None:
     """Keep the log to what this library has to say: deprecations inside other libraries are not the user's to mend."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,5 +97,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in _JOBS:
         return run_job(arguments[0], arguments[1:], prog=f"qlora-moderation {arguments[0]}")
     lines = ["usage: qlora-moderation JOB FLAGS; `qlora-moderation JOB --help` lists the flags", "", "jobs:"]
-    print("\n".join([*lines, *(f"  {name:10}{description}" for name, (_, _, description) in _JOBS.items())]))
+    print("\n".join([*lines, *(f"  {name:12}{description}" for name, (_, _, description) in _JOBS.items())]))
     return 0 if arguments in (["--help"], ["-h"]) else 2

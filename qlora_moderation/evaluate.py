@@ -107,7 +107,11 @@ def compute_evaluation(classifier: Classifier, pairs: Pairs, scores: Scores, tra
         result["metrics"] = compute_metrics(pairs.labels, pairs.flagged, probabilities, classifier.thresholds, names)
         result["baselines"] = compute_constant_baselines(majority(pairs.flagged))
         if training is not None:
-            result["baselines"] |= compute_text_baselines(training, pairs, min(classifier.thresholds.per_category))
+            judged = set(zip(pairs.prompts, pairs.responses, strict=True))
+            own = list(zip(training.prompts, training.responses, strict=True))
+            unseen = training.take([i for i, pair in enumerate(own) if pair not in judged])
+            result["baselines"] |= compute_text_baselines(unseen, pairs, min(classifier.thresholds.per_category))
+            result["data"]["pairs_also_in_training"] = len(judged & set(own))
             prompts = set(training.prompts)
             result["data"]["pairs_with_a_training_prompt"] = sum(prompt in prompts for prompt in pairs.prompts)
     verdicts = {OURS: flagged.astype(float), **pairs.verdicts}

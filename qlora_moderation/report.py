@@ -30,7 +30,8 @@ def build_report(result: Mapping[str, Any]) -> str:
         sections.append("## Against the labels\n\nA label is what at least half of a pair's annotators said.\n")
         if "pairs_with_a_training_prompt" in data:
             sections.append(
-                f"{data['pairs_with_a_training_prompt']} pairs have a prompt that is in the training data.\n"
+                f"{data['pairs_with_a_training_prompt']} pairs have a prompt that is in the training data, "
+                f"{data['pairs_also_in_training']} are in it themselves; the baselines are fitted without the latter.\n"
             )
         sections.append(format_metrics_table(result["metrics"]) + "\n")
         sections.append("### Baselines for `flagged`\n")

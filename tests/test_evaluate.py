@@ -36,9 +36,11 @@ def test_adapter_full_and_merged_models_give_all_files(runs, rows_file, tmp_path
     merge_adapter(MergeConfig(str(runs["qlora"].weights), str(tmp_path / "merged")), silent)
     models = {"adapter": runs["qlora"].weights, "merged": tmp_path / "merged", "full": runs["full"].weights}
     results = {}
+    some = tmp_path / "some.jsonl"  # a part of the training rows: the baselines must be fitted without it
+    some.write_text("".join(rows_file.read_text().splitlines(keepends=True)[:100]))
     for kind, path in models.items():
         output = tmp_path / "e" / kind
-        config = EvaluateConfig(str(path), str(rows_file), str(output), train_data_name_or_path=str(rows_file))
+        config = EvaluateConfig(str(path), str(some), str(output), train_data_name_or_path=str(rows_file))
         results[kind] = evaluate(config, silent)
         names = {file.name for file in output.iterdir()}
         assert names == {"predictions.jsonl", "metrics.json", "report.md", "flagged_proportion.png"}
@@ -59,6 +61,8 @@ def test_adapter_full_and_merged_models_give_all_files(runs, rows_file, tmp_path
     metrics = results["full"]["metrics"]
     assert {"flagged/accuracy", "privacy_violation/f1", "micro/average_precision", "macro/auroc"} <= metrics.keys()
     baselines = results["full"]["baselines"]
+    assert results["full"]["data"]["pairs_also_in_training"] == results["full"]["data"]["pairs"]
+    assert baselines["tfidf_pair"]["f1"] < 1
     assert set(baselines) == {"always_flag", "never_flag", "tfidf_question", "tfidf_answer", "tfidf_pair"}
     report = (tmp_path / "e" / "full" / "report.md").read_text()
     assert "above 0.4" in report and "tfidf_pair" in report and "| flagged |" in report
