@@ -51,7 +51,7 @@ class BackboneSpec:
     @property
     def head_names(self) -> tuple[str, ...]:
         """Names of the top-level modules of the stock classifier that are not the backbone."""
-        return ("score",) if self.kind == "decoder" else ("classifier", "pre_classifier")
+        return ("score",) if self.kind == "decoder" else ("classifier", "pre_classifier", "pooler")
 
 
 def inspect_backbone(name: str, revision: str | None = None) -> BackboneSpec:
@@ -176,9 +176,10 @@ def load_backbone(
         "config": config,
         "revision": spec.revision,
         "dtype": dtype,
-        "attn_implementation": PACKED_ATTENTION if layout == "packed" else "sdpa",
         "ignore_mismatched_sizes": True,
     }
+    if layout == "packed":
+        arguments["attn_implementation"] = PACKED_ATTENTION
     if quantization is not None:
         arguments["dtype"] = getattr(torch, quantization.weights_dtype)
         arguments["device_map"] = {"": device}
