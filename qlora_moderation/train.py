@@ -125,8 +125,8 @@ class _Loop:
         self.optimizer = build_optimizer(classifier.model, config)
         self.scheduler = build_scheduler(self.optimizer, config, plan.total_steps)
         self.trainable = [p for p in classifier.model.parameters() if p.requires_grad]
-        labels = material.training.labels
-        self.labels = torch.tensor(labels, dtype=torch.float32)
+        self.fingerprint = material.training.fingerprint()
+        self.labels = torch.tensor(material.training.labels, dtype=torch.float32)
         self.weight = torch.tensor(material.training.weight, dtype=torch.float32)
         self.best: float | None = None
         self.best_metrics: Metrics | None = None
@@ -184,7 +184,7 @@ class _Loop:
             "scheduler": self.scheduler.state_dict(),
             "rng": torch.get_rng_state(),
             "best": {"value": self.best, "metrics": self.best_metrics, "step": self.best_step},
-            "training_fingerprint": self.material.training.fingerprint(),
+            "training_fingerprint": self.fingerprint,
         }
 
     def resume(self, directory: Path) -> int:
@@ -194,7 +194,7 @@ class _Loop:
             CheckpointError: it is damaged, or belongs to other data or another model.
         """
         state = load_checkpoint(directory)
-        if state["training_fingerprint"] != self.material.training.fingerprint():
+        if state["training_fingerprint"] != self.fingerprint:
             raise CheckpointError(f"{directory}: the training data has changed since; start anew in another directory")
         own = {
             name: parameter for name, parameter in self.classifier.model.named_parameters() if parameter.requires_grad
@@ -289,7 +289,7 @@ class _Loop:
             "training_data": _name_of_data(config.train_data_name_or_path),
             "training_rows": material.training.annotations,
             "training_pairs": len(material.training),
-            "training_fingerprint": material.training.fingerprint(),
+            "training_fingerprint": self.fingerprint,
             "selection": selection,
             "steps": self.plan.total_steps,
             "pairs_per_step": self.plan.pairs_per_step,
