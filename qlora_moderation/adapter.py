@@ -40,10 +40,11 @@ def replace_head(model: PreTrainedModel, categories: Sequence[str], seed: int) -
     architectures = model.config.architectures or []
     trained = any("ForSequenceClassification" in name for name in architectures)
     old_names = [model.config.id2label.get(i) for i in range(old.out_features)] if trained else []
-    head = nn.Linear(old.in_features, len(categories), bias=old.bias is not None)
     spread = getattr(model.config, "initializer_range", 0.02)
-    with torch.no_grad():
-        head.weight.normal_(0.0, spread, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad(), torch.device("meta" if old.weight.is_meta else "cpu"):
+        head = nn.Linear(old.in_features, len(categories), bias=old.bias is not None)
+        if not old.weight.is_meta:
+            head.weight.normal_(0.0, spread, generator=torch.Generator().manual_seed(seed))
         if head.bias is not None:
             head.bias.zero_()
         for row, name in enumerate(categories):

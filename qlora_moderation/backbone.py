@@ -6,6 +6,7 @@ In: a directory or hub name. Out: a stock sequence classifier. Step 6 of the str
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers import AutoHfQuantizer
 
 from qlora_moderation.attention import PACKED_ATTENTION
 from qlora_moderation.batching import Layout
@@ -151,6 +153,7 @@ def load_backbone(
     layout: Layout,
     quantization: Quantization | None = None,
     dropout: float = 0.0,
+    empty: bool = False,
 ) -> LoadedBackbone:
     """Open the weights as a stock sequence classifier on `device`.
 
@@ -162,6 +165,7 @@ def load_backbone(
         layout: decides the attention function.
         quantization: NF4 settings; the weights are read in its `weights_dtype` before rounding.
         dropout: set for every dropout of the backbone.
+        empty: build the same modules on the meta device and read no file.
 
     Raises:
         CheckpointError: weights are missing, unreadable or not finite.
@@ -171,25 +175,20 @@ def load_backbone(
     }
     if num_labels is not None:
         changes["num_labels"] = num_labels
-    config = AutoConfig.from_pretrained(spec.name, revision=spec.revision, **changes)
-    arguments: dict[str, Any] = {
-        "config": config,
-        "revision": spec.revision,
-        "dtype": dtype,
-        "ignore_mismatched_sizes": True,
-    }
+    config = copy.deepcopy(spec.config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    arguments: dict[str, Any] = {"config": config, "dtype": dtype}
     if layout == "packed":
         arguments["attn_implementation"] = PACKED_ATTENTION
+    settings = None if quantization is None else _describe_nf4(quantization, dtype)
     if quantization is not None:
         arguments["dtype"] = getattr(torch, quantization.weights_dtype)
-        arguments["device_map"] = {"": device}
-        arguments["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=quantization.double_quant,
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=["score"],
-        )
+    if empty:
+        return LoadedBackbone(_build_empty(arguments, settings, dtype), ())
+    arguments |= {"revision": spec.revision, "ignore_mismatched_sizes": True}
+    if settings is not None:
+        arguments |= {"device_map": {"": device}, "quantization_config": settings}
     try:
         with quiet():
             model, report = AutoModelForSequenceClassification.from_pretrained(
@@ -213,6 +212,27 @@ def load_backbone(
     return LoadedBackbone(model, tuple(sorted({key.rpartition(".")[0] for key in missing})))
 
 
+def _describe_nf4(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,  # as the weights beside them, so that fsdp can cut them like those
+        llm_int8_skip_modules=["score"],
+    )
+
+
+def _build_empty(arguments: dict[str, Any], settings: BitsAndBytesConfig | None, dtype: torch.dtype) -> PreTrainedModel:
+    with torch.device("meta"), quiet():
+        model = AutoModelForSequenceClassification.from_config(**arguments)
+        if settings is not None:
+            AutoHfQuantizer.from_config(settings).preprocess_model(model=model, device_map={"": "meta"})
+    if settings is not None:
+        _set_compute_dtype(model, dtype)
+    return model.eval()
+
+
 def _set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
     """Compute in `dtype` without touching NF4 payloads: a cast would rewrite them.
 
@@ -227,8 +247,10 @@ def _set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
             module.compute_dtype = dtype
             module.compute_type_is_set = True
             module.support_avx512bf16_for_cpu = False
-            # bitsandbytes unpacks to this type with gradients and to the inputs' type without: make both the same
-            module.weight.quant_state.dtype = dtype
+            if module.weight.quant_state is not None:
+                # bitsandbytes unpacks to this type with gradients and to the inputs' type without: make both the same
+                module.weight.quant_state.dtype = dtype
+                module.quant_state = module.weight.quant_state  # found here where sharding replaces the weight
         else:
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(dtype)
@@ -236,7 +258,15 @@ def _set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
 
 def _refuse_non_finite(model: nn.Module, name: str) -> None:
     for key, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach().abs().max())):
+        state = getattr(parameter, "quant_state", None)
+        # an NF4 payload holds bits of any pattern; what was not finite shows in its constants
+        values = (
+            [parameter.detach()]
+            if state is None
+            else [state.absmax, state.offset, getattr(state.state2, "absmax", None)]
+        )
+        numbers = [value for value in values if value is not None and value.is_floating_point()]
+        if not all(bool(torch.isfinite(value.abs().max())) for value in numbers):
             raise CheckpointError(f"{name}: weight {key} is not finite; download the checkpoint again")
 
 

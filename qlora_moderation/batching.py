@@ -53,7 +53,10 @@ def micro_batches(
         of micro-batches, and some of them may be empty where texts are fewer than ranks.
     """
     if layout == "padded":
-        bins = _cut_padded(lengths, max_tokens)
+        cut = _cut_padded(lengths, max_tokens)
+        count = math.ceil(len(cut) / world_size) * world_size
+        bins = _cut_evenly(lengths, max_tokens, min(count, len(lengths)))
+        cost = {id(members): len(members) * max((lengths[i] for i in members), default=0) for members in bins}
     else:
         fewest = min(math.ceil(sum(lengths) / max_tokens), len(lengths))
         count = math.ceil(fewest / world_size) * world_size
@@ -62,9 +65,30 @@ def micro_batches(
             count += world_size
             balanced = _balance(lengths, max_tokens, count)
         bins = balanced
-    bins.sort(key=lambda members: -sum(lengths[i] for i in members))
+        cost = {id(members): sum(lengths[i] for i in members) for members in bins}
+    # micro-batches of like cost run at the same time on all ranks, and the order turns so that none always has the largest
+    bins.sort(key=lambda members: -cost[id(members)])
     bins.extend([] for _ in range(-len(bins) % world_size))
-    return [bins[rank::world_size] for rank in range(world_size)]
+    rounds = [bins[start : start + world_size] for start in range(0, len(bins), world_size)]
+    turned = [members[::-1] if index % 2 else members for index, members in enumerate(rounds)]
+    return [[members[rank] for members in turned] for rank in range(world_size)]
+
+
+def _cut_evenly(lengths: Sequence[int], max_tokens: int, count: int) -> list[list[int]]:
+    """Cut texts sorted by length into `count` padded micro-batches whose largest is as small as can be."""
+    low, high = max(lengths), max_tokens
+    while low < high:
+        middle = (low + high) // 2
+        if len(_cut_padded(lengths, middle)) <= count:
+            high = middle
+        else:
+            low = middle + 1
+    bins = _cut_padded(lengths, high)
+    while len(bins) < count:
+        largest = max(bins, key=len)
+        bins.remove(largest)
+        bins += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+    return bins
 
 
 def _cut_padded(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -1,57 +1,168 @@
-"""The state of a run that can go on: complete or absent.
+"""The state of a run that can go on: complete or absent, and readable by any number of processes.
 
-In and out: `checkpoints/step-000500/state.pt`, written beside its place and renamed. Frozen weights are never in it.
+In and out: `checkpoints/step-000500/`, written beside its place and renamed. Tensors go through torch.distributed.checkpoint
+into safetensors, each rank its slices; everything else is `state.json`. No pickle, and no frozen weight, is in it.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
-from qlora_moderation.classifier import replaced_whole
+from qlora_moderation.distributed import on_main, patient_group, world_size
 from qlora_moderation.errors import CheckpointError
+from qlora_moderation.metadata import read_json, write_json
+from qlora_moderation.staging import replaced_whole
 
-STATE_FILE = "state.pt"
+STATE_FILE = "state.json"
 
 
-def save_checkpoint(run: Path, step: int, state: dict[str, Any], keep: int | None) -> Path:
-    """Write the state of `step`, then remove the oldest checkpoints beyond `keep`.
+def save_checkpoint(
+    run: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any], keep: int | None, best_step: int
+) -> Path:
+    """Write the state of `step`, then remove the oldest complete checkpoints beyond `keep`, but never the best one.
 
     Raises:
         CheckpointError: it cannot be written; earlier checkpoints still stand.
     """
     directory = run / "checkpoints" / f"step-{step:06d}"
     with replaced_whole(directory) as unfinished:
-        torch.save(state, unfinished / STATE_FILE)
-    if keep is not None:
-        for old in find_checkpoints(run)[:-keep]:
-            shutil.rmtree(old)
+        writer = dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # that there is no process group
+                dcp.save(tensors, storage_writer=writer, process_group=patient_group(), no_dist=world_size() == 1)
+        except (Exception, CheckpointException) as error:
+            raise CheckpointError(f"{directory}: cannot be written ({_find_reason(error)})") from None
+        on_main(lambda: _write_facts(unfinished, facts))
+    on_main(lambda: _prune(run, keep, best_step))
     return directory
+
+
+def _write_facts(directory: Path, facts: dict[str, Any]) -> None:
+    sizes = {path.name: path.stat().st_size for path in sorted(directory.glob("*.safetensors"))}
+    write_json(directory / STATE_FILE, {**facts, "files": sizes})
+
+
+def _prune(run: Path, keep: int | None, best_step: int) -> None:
+    if keep is None:
+        return
+    for old in find_checkpoints(run)[:-keep]:
+        if int(old.name[5:]) != best_step:
+            # a kill in the middle of a removal must not leave something that looks complete
+            (old / STATE_FILE).unlink(missing_ok=True)
+            shutil.rmtree(old)
 
 
 def find_checkpoints(run: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
     found = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted((path for path in found if (path / STATE_FILE).is_file()), key=lambda path: int(path.name[5:]))
+    complete = (path for path in found if (path / STATE_FILE).is_file() and find_damage(path) is None)
+    return sorted(complete, key=lambda path: int(path.name[5:]))
 
 
-def load_checkpoint(directory: Path) -> dict[str, Any]:
-    """Read a state, on the CPU.
+def find_damage(directory: Path) -> str | None:
+    """Say what is wrong with a checkpoint's files, None where they are as they were written."""
+    try:
+        sizes = read_json(directory / STATE_FILE)["files"]
+    except (CheckpointError, KeyError, TypeError):
+        return f"{STATE_FILE} is missing or damaged"
+    for name, size in sizes.items():
+        path = directory / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def read_facts(directory: Path) -> dict[str, Any]:
+    """Return what `state.json` holds.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: the checkpoint is damaged.
     """
-    path = directory / STATE_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{directory}: holds no {STATE_FILE}; give a directory under checkpoints/")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, zip and pickle raise many kinds
-        reason = str(error).splitlines()[0]
+    damage = find_damage(directory)
+    if damage is not None:
         raise CheckpointError(
-            f"{path}: cannot be read ({reason}); remove {directory} to go on from an earlier one"
+            f"{directory}: {damage}; remove it to go on from an earlier one, or give that with --resume"
+        )
+    return read_json(directory / STATE_FILE)
+
+
+def collect_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
+    """Return trainable parameters and optimiser state by name, and those parts of the latter that are no tensors."""
+    tensors: dict[str, torch.Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            tensors[f"model.{name}"] = parameter.detach()
+            for key, value in optimizer.state[parameter].items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"optimizer.{name}.{key}"] = value
+                else:
+                    plain.setdefault(name, {})[key] = value
+    return tensors, plain
+
+
+def restore_tensors(
+    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, plain: dict[str, dict[str, Any]]
+) -> None:
+    """Put a checkpoint's tensors into a model and its fresh optimiser, however either is sharded.
+
+    Raises:
+        CheckpointError: they cannot be read, or belong to another model.
+    """
+    own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    try:
+        reader = dcp.HuggingFaceStorageReader(str(directory))
+        stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
+        shapes = {key.removeprefix("model."): tuple(entry.size) for key, entry in stored.items() if key[:6] == "model."}
+        if shapes != {name: tuple(parameter.shape) for name, parameter in own.items()}:
+            raise CheckpointError(f"{directory}: belongs to another model; start anew in another directory")
+        targets: dict[str, torch.Tensor] = {f"model.{name}": parameter.detach() for name, parameter in own.items()}
+        fused = any(group.get("fused") for group in optimizer.param_groups)
+        states: dict[str, dict[str, Any]] = {name: dict(plain.get(name, {})) for name in own}
+        for key, entry in stored.items():
+            if key.startswith("optimizer."):
+                name, _, part = key.removeprefix("optimizer.").rpartition(".")
+                targets[key] = states[name][part] = _make_room(own[name], entry, fused)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            dcp.load(targets, storage_reader=reader, process_group=patient_group(), no_dist=world_size() == 1)
+    except CheckpointError:
+        raise
+    except (Exception, CheckpointException) as error:
+        raise CheckpointError(
+            f"{directory}: cannot be read ({_find_reason(error)}); remove it to go on from an earlier one"
         ) from None
+    for name, parameter in own.items():
+        if states[name]:
+            optimizer.state[parameter] = states[name]
+
+
+def _make_room(parameter: torch.Tensor, entry: Any, fused: bool) -> torch.Tensor:
+    """Return an empty tensor for a part of the optimiser's state: laid out as the parameter where it has its shape."""
+    dtype = entry.properties.dtype
+    if entry.size == parameter.shape:
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    # a number is AdamW's count of steps, which lies on the CPU unless its kernel is fused
+    device = parameter.device if len(entry.size) or fused else torch.device("cpu")
+    return torch.empty(entry.size, dtype=dtype, device=device)
+
+
+def _find_reason(error: BaseException) -> str:
+    """Return the first line of what a rank said inside torch's bundle of failures."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

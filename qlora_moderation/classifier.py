@@ -5,10 +5,8 @@ In: a training configuration, or a directory that training or merging wrote. Out
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,13 @@ from qlora_moderation import backbone as bb
 from qlora_moderation.adapter import add_lora, load_adapter, replace_head, set_label_names
 from qlora_moderation.batching import Layout
 from qlora_moderation.config import TrainConfig
+from qlora_moderation.distributed import current_device, is_main, on_main, world_size
 from qlora_moderation.errors import CheckpointError
+from qlora_moderation.export import write_weights
 from qlora_moderation.metadata import ModelMetadata, Quantization, load_metadata, read_json
 from qlora_moderation.model import ModerationModel
+from qlora_moderation.sharding import Sharding, choose_sharding, distribute_model
+from qlora_moderation.staging import replaced_whole
 from qlora_moderation.taxonomy import Taxonomy
 from qlora_moderation.thresholds import Thresholds, load_thresholds
 from qlora_moderation.tokenization import TextEncoder, choose_pad_token, prepare_for_stock_use
@@ -46,6 +48,7 @@ class Classifier:
         layout_reason: why.
         grown_embedding_rows: rows of the embedding where it had to grow for the pad token.
         new_head_rows: rows of the head that no training has seen yet.
+        sharding: how the ranks share the model.
     """
 
     model: ModerationModel
@@ -57,6 +60,7 @@ class Classifier:
     layout_reason: str = ""
     grown_embedding_rows: int | None = None
     new_head_rows: tuple[int, ...] = ()
+    sharding: Sharding = dataclasses.field(default_factory=lambda: Sharding("none", "one process"))
 
     @property
     def pad_id(self) -> int:
@@ -71,55 +75,21 @@ class Classifier:
     def save(self, directory: Path, metadata: ModelMetadata, write_more: Callable[[Path], None] | None = None) -> None:
         """Write adapter or full model with tokenizer, thresholds and metadata; the directory appears whole or not at all.
 
+        All ranks take part.
+
         Args:
             directory: replaced where it exists.
             metadata: written beside the weights.
             write_more: called with the unfinished directory, to add files such as the card.
         """
         with replaced_whole(directory) as unfinished:
-            network = self.model.network
-            with bb.quiet():
-                if isinstance(network, PeftModel):
-                    network.save_pretrained(str(unfinished), save_embedding_layers=False)
-                else:
-                    network.save_pretrained(str(unfinished), max_shard_size="2GB")
-            self.tokenizer.save_pretrained(str(unfinished))
-            metadata.save(unfinished)
-            self.thresholds.save(unfinished, self.taxonomy)
-            if write_more is not None:
-                write_more(unfinished)
-
-
-@contextlib.contextmanager
-def replaced_whole(directory: Path) -> Iterator[Path]:
-    """Yield a fresh directory beside `directory` that takes its place when the block ends without an error."""
-    unfinished = directory.with_name(f".{directory.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        unfinished.mkdir(parents=True)
-    except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be written ({error.strerror}); give another directory") from None
-    try:
-        yield unfinished
-        old = directory.with_name(f".{directory.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if directory.exists():
-            directory.rename(old)
-        unfinished.rename(directory)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def choose_device(use_cpu: bool) -> torch.device:
-    """Return the current CUDA device where there is one and it is wanted, else the CPU."""
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available() and not use_cpu
-        else torch.device("cpu")
-    )
+            write_weights(self.model, unfinished)
+            if is_main():
+                self.tokenizer.save_pretrained(str(unfinished))
+                metadata.save(unfinished)
+                self.thresholds.save(unfinished, self.taxonomy)
+                if write_more is not None:
+                    write_more(unfinished)
 
 
 def _open_tokenizer(
@@ -140,55 +110,123 @@ def _check_max_length(spec: bb.BackboneSpec, max_length: int) -> None:
         raise CheckpointError(f"{spec.name}: reads at most {limit} tokens; lower --max_length {max_length}")
 
 
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+    """What rank 0 has read of a backbone besides its weights; the other ranks need no file of it."""
+
+    spec: bb.BackboneSpec
+    compute_dtype: torch.dtype
+    layout: Layout
+    layout_reason: str
+    tokenizer: PreTrainedTokenizerBase
+    encoder: TextEncoder
+    quantization: Quantization | None
+
+
 def build_classifier(
     config: TrainConfig, taxonomy: Taxonomy, device: torch.device, log: Callable[[str], None] = print
 ) -> Classifier:
-    """Open the backbone that a training run starts from and make it trainable by its method.
+    """Open the backbone that a training run starts from, make it trainable by its method, and share it between the ranks.
 
     Raises:
         ModerationError: backbone, tokenizer and options do not go together.
     """
+    opened = on_main(lambda: _open_backbone(config, taxonomy, device))
+    built: list[tuple[Any, int | None, list[int]]] = []
+    if world_size() > 1:
+        built.append(_build_network(config, opened, taxonomy, torch.device("meta"), _silent))
+    else:
+        built.append(_build_network(config, opened, taxonomy, device, log))
+
+    def wrap(network: Any) -> ModerationModel:
+        autocast = _autocast_dtype(opened.compute_dtype, device)
+        return ModerationModel(network, opened.spec.kind == "encoder", device, autocast)
+
+    sharding = on_main(lambda: choose_sharding(config, wrap(built[0][0]), device))
+    if world_size() > 1:
+        # NF4 is made where it is used; other weights pass through the memory of rank 0's host once
+        place = device if config.method == "qlora" else torch.device("cpu")
+        on_main(lambda: built.append(_build_network(config, opened, taxonomy, place, log)))
+    network, rows, new_rows = built[-1]
+    metadata = on_main(lambda: _describe_model(config, taxonomy, opened))
+    if isinstance(network, PeftModel):
+        settings = network.peft_config["default"]
+        settings.base_model_name_or_path, settings.revision = metadata.base_model, metadata.base_revision
+    model = wrap(network)
+    sharding = distribute_model(model, sharding, config, opened.compute_dtype)
+    return Classifier(
+        model=model,
+        tokenizer=opened.tokenizer,
+        encoder=opened.encoder,
+        metadata=metadata,
+        thresholds=Thresholds.default(taxonomy),
+        layout=opened.layout,
+        layout_reason=opened.layout_reason,
+        grown_embedding_rows=rows,
+        new_head_rows=tuple(new_rows),
+        sharding=sharding,
+    )
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+def _open_backbone(config: TrainConfig, taxonomy: Taxonomy, device: torch.device) -> _Opened:
     spec = bb.inspect_backbone(config.model_name_or_path, config.model_revision)
     if spec.kind == "encoder" and config.method == "qlora":
         raise CheckpointError(f"{spec.name}: is an encoder; --method qlora is for decoders, use lora or full")
     _check_max_length(spec, config.max_length)
-    compute_dtype = bb.choose_dtype(config.dtype, device)
-    # full training keeps fp32 master weights and computes in bfloat16 under autocast
-    weights_dtype = torch.float32 if config.method == "full" else compute_dtype
+    dtype = bb.choose_dtype(config.dtype, device)
     layout, reason = bb.choose_layout(spec, config.layout, config.max_length, config.backbone_dropout)
     tokenizer, encoder = _open_tokenizer(config.model_name_or_path, config.model_revision, taxonomy, config.max_length)
     quantization = None
     if config.method == "qlora":
-        quantization = Quantization(config.bnb_4bit_use_double_quant, str(compute_dtype).removeprefix("torch."))
-    loaded = bb.load_backbone(spec, None, weights_dtype, device, layout, quantization, config.backbone_dropout)
+        quantization = Quantization(config.bnb_4bit_use_double_quant, str(dtype).removeprefix("torch."))
+    return _Opened(spec, dtype, layout, reason, tokenizer, encoder, quantization)
+
+
+def _build_network(
+    config: TrainConfig, opened: _Opened, taxonomy: Taxonomy, device: torch.device, log: Callable[[str], None]
+) -> tuple[Any, int | None, list[int]]:
+    """Return the trainable network, the rows of a grown embedding, and the head's new rows; on the meta device: no weights."""
+    # full training keeps fp32 master weights and computes in bfloat16 under autocast
+    weights_dtype = torch.float32 if config.method == "full" else opened.compute_dtype
+    loaded = bb.load_backbone(
+        opened.spec,
+        None,
+        weights_dtype,
+        device,
+        opened.layout,
+        opened.quantization,
+        config.backbone_dropout,
+        empty=device.type == "meta",
+    )
     network: Any = loaded.model
-    rows = bb.fit_pad_token(network, int(tokenizer.pad_token_id))
+    rows = bb.fit_pad_token(network, int(opened.tokenizer.pad_token_id))
     if rows is not None:
-        log(f"pad token: {tokenizer.pad_token} is new, the embedding grew by one zero row")
+        log(f"pad token: {opened.tokenizer.pad_token} is new, the embedding grew by one zero row")
     new_rows, lines = replace_head(network, taxonomy.categories, config.seed)
     for line in lines:
         log(line)
     if config.method != "full":
-        network = add_lora(network, spec, config)
+        network = add_lora(network, opened.spec, config)
     if config.gradient_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
-    metadata = ModelMetadata(
+    return network, rows, new_rows
+
+
+def _describe_model(config: TrainConfig, taxonomy: Taxonomy, opened: _Opened) -> ModelMetadata:
+    return ModelMetadata(
         taxonomy=taxonomy,
         max_length=config.max_length,
         method=config.method,
         kind="full" if config.method == "full" else "adapter",
         base_model=_resolve_name(config.model_name_or_path),
-        base_revision=getattr(spec.config, "_commit_hash", None) or config.model_revision,
-        pad_token=tokenizer.pad_token,
-        quantization=quantization,
+        base_revision=getattr(opened.spec.config, "_commit_hash", None) or config.model_revision,
+        pad_token=opened.tokenizer.pad_token,
+        quantization=opened.quantization,
         long_text=config.long_text,
-    )
-    if isinstance(network, PeftModel):
-        settings = network.peft_config["default"]
-        settings.base_model_name_or_path, settings.revision = metadata.base_model, metadata.base_revision
-    model = ModerationModel(network, spec.kind == "encoder", _autocast_dtype(compute_dtype, device))
-    return Classifier(
-        model, tokenizer, encoder, metadata, Thresholds.default(taxonomy), layout, reason, rows, tuple(new_rows)
     )
 
 
@@ -228,7 +266,7 @@ def load_classifier(
     inner = [name for name in ("merged", "adapter", "model") if (directory / name).is_dir()]
     if inner and not (directory / "config.json").is_file() and not (directory / ADAPTER_FILE).is_file():
         raise CheckpointError(f"{path}: is a run directory; give {directory / inner[0]}")
-    device = choose_device(use_cpu)
+    device = current_device(use_cpu)
     compute_dtype = bb.choose_dtype(dtype, device)
     metadata = load_metadata(directory)
     is_adapter = (directory / ADAPTER_FILE).is_file()
@@ -269,7 +307,7 @@ def load_classifier(
     elif spec.kind == "decoder":
         _restore_head(network, directory)
     network.requires_grad_(False)
-    model = ModerationModel(network, spec.kind == "encoder", _autocast_dtype(compute_dtype, device)).eval()
+    model = ModerationModel(network, spec.kind == "encoder", device, _autocast_dtype(compute_dtype, device)).eval()
     thresholds = load_thresholds(directory, taxonomy)
     return Classifier(model, tokenizer, encoder, metadata, thresholds, chosen, reason, rows)
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from qlora_moderation.config import BackboneConfig, EvaluateConfig, MergeConfig, QuickstartConfig, TrainConfig
-from qlora_moderation.errors import ModerationError
+from qlora_moderation.errors import Interrupted, ModerationError, SaidByMainError
 from qlora_moderation.options import build_parser, load_options
 
 
@@ -69,20 +70,57 @@ _JOBS: dict[str, tuple[type, Callable[[Any], None], str]] = {
 
 
 def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run `train`, `merge` or `evaluate` with the given flags and return the exit code."""
+    """Run one of the jobs with the given flags and return the exit code."""
     config_class, job, description = _JOBS[name]
     parser = build_parser(config_class, description, prog)
     try:
         config: Any = load_options(config_class, parser, sys.argv[1:] if argv is None else argv)
-        _silence_libraries()
+    except ModerationError as error:
+        # every process reads the same command line, but each machine has files of its own
+        return _report(error) if os.environ.get("LOCAL_RANK", "0") == "0" else 2
+    _silence_libraries()
+    try:
         job(config)
     except ModerationError as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
+        return _report(error)
+    except Interrupted as stop:
+        if not _speaker():
+            print(f"{stop}; the same command goes on from the checkpoint", file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         print("interrupted; a run with checkpoints goes on when the same command is given again", file=sys.stderr)
         return 130
+    except Exception as error:
+        return _report_fault(error)
     return 0
+
+
+def _report(error: ModerationError) -> int:
+    if not isinstance(error, SaidByMainError):
+        print("\n".join(f"{_speaker()}error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+    return 2
+
+
+def _report_fault(error: Exception) -> int:
+    """Report what no message was written for, rank by rank where there are several.
+
+    Raises:
+        Exception: the given one, in a run of one process.
+    """
+    from qlora_moderation.distributed import is_lost_contact
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        raise error
+    lines = traceback.format_exception(error)
+    if is_lost_contact(error):
+        lines = [f"lost contact with another rank, whose error stands in the same log ({lines[-1].strip()})"]
+    print("".join(f"{_speaker() or '[rank 0] '}{line}\n" for line in "".join(lines).splitlines()), file=sys.stderr)
+    return 1
+
+
+def _speaker() -> str:
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"[rank {rank}] "
 
 
 def _silence_libraries() -> None:

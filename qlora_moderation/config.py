@@ -8,12 +8,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from qlora_moderation.options import option
+from qlora_moderation.options import nearest, option
 
 LORA_LEARNING_RATE = 2e-4
 FULL_LEARNING_RATE = 2e-5
 BASE_ALTERING_INITS = ("pissa", "olora", "corda", "loftq")
 """LoRA initialisations that change the base weights, so that the adapter no longer belongs to the published base."""
+
+FSDP_WORDS = ("full_shard", "shard_grad_op", "auto_wrap", "offload")
+"""What transformers' `--fsdp` may hold here; layers are always wrapped."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +96,14 @@ class TrainConfig:
     report_to: tuple[str, ...] = option(("none",), "tensorboard, wandb, trackio or none")
     bf16: bool | None = option(None, "True: bfloat16 where the device is CUDA and has it")
     tf32: bool | None = option(None, "TensorFloat-32 products on CUDA")
-    fsdp: str | None = option(None, "`full_shard auto_wrap`: shard over the processes")
+    sharding: Literal["auto", "none", "ddp", "fsdp"] = option(
+        "auto", "one process, replicas, or slices of every layer; auto: replicas where memory allows"
+    )
+    fsdp: str | None = option(
+        None, "`full_shard auto_wrap`, `shard_grad_op`, `offload`: --sharding fsdp, in other words"
+    )
     fsdp_transformer_layer_cls_to_wrap: str | None = option(None, "decoder layer class; found by itself")
+    fsdp_cpu_offload: bool = option(False, "fsdp: keep the slices in CPU memory between uses")
     dry_run: bool = option(False, "do everything up to the first step, show it, and exit")
 
     @property
@@ -103,6 +112,16 @@ class TrainConfig:
         if self.learning_rate is not None:
             return self.learning_rate
         return FULL_LEARNING_RATE if self.method == "full" else LORA_LEARNING_RATE
+
+    @property
+    def resolved_sharding(self) -> str:
+        """The sharding given, or what the original recipe's `--fsdp` means; `auto` is decided later."""
+        return "fsdp" if self.sharding == "auto" and self.fsdp else self.sharding
+
+    @property
+    def offloads(self) -> bool:
+        """Whether fsdp keeps its slices in CPU memory."""
+        return self.fsdp_cpu_offload or "offload" in (self.fsdp or "").split()
 
     @property
     def holds_out(self) -> float:
@@ -140,6 +159,17 @@ class TrainConfig:
             faults.append("--use_dora needs --method lora or qlora")
         if self.max_steps == 0:
             faults.append("--max_steps 0 trains nothing; give a number above 0, -1 to go by epochs, or --dry_run")
+        words = (self.fsdp or "").split()
+        wrong = [word for word in words if word not in FSDP_WORDS]
+        if wrong:
+            hint = nearest(wrong[0], FSDP_WORDS) or f"; allowed: {', '.join(FSDP_WORDS)}"
+            faults.append(f"--fsdp {self.fsdp}: {wrong[0]} is unknown{hint}")
+        elif "full_shard" in words and "shard_grad_op" in words:
+            faults.append(f"--fsdp {self.fsdp}: full_shard and shard_grad_op exclude each other; drop one")
+        if words and self.sharding in ("none", "ddp"):
+            faults.append(f"--sharding {self.sharding} contradicts --fsdp {self.fsdp}; drop one")
+        if self.offloads and self.resolved_sharding != "fsdp":
+            faults.append("--fsdp_cpu_offload needs --sharding fsdp")
         unknown = set(self.report_to) - {"none", "tensorboard", "wandb", "trackio"}
         if unknown:
             faults.append(f"--report_to {' '.join(sorted(unknown))}: allowed: tensorboard, wandb, trackio, none")

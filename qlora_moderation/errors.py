@@ -4,6 +4,8 @@ Each message says what was given, what is allowed and the edit that mends it. Th
 a traceback and exits with code 2; anything else that escapes is a fault of this library.
 """
 
+import signal
+
 
 class ModerationError(Exception):
     """Base of all errors that name a place and a remedy."""
@@ -19,3 +21,19 @@ class DataError(ModerationError):
 
 class CheckpointError(ModerationError):
     """A model, adapter or run directory that cannot be read or written."""
+
+
+class SaidByMainError(ModerationError):
+    """Another rank has met the error and reports it; this one only stops."""
+
+
+class Interrupted(Exception):
+    """A run stopped on request and can go on.
+
+    Attributes:
+        exit_code: 128 plus the signal: 143 for SIGTERM, 130 for SIGINT.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        self.exit_code = 128 + signal_number

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from qlora_moderation.baselines import compute_constant_baselines, compute_text_baselines
-from qlora_moderation.classifier import Classifier, load_classifier, replaced_whole
+from qlora_moderation.classifier import Classifier, load_classifier
 from qlora_moderation.config import EvaluateConfig
 from qlora_moderation.data import Pairs, load_pairs
 from qlora_moderation.errors import CheckpointError, DataError
@@ -22,6 +22,7 @@ from qlora_moderation.metrics import compute_agreement, compute_metrics, majorit
 from qlora_moderation.plots import plot_flagged_proportion
 from qlora_moderation.report import build_report
 from qlora_moderation.scoring import Scores, score_pairs
+from qlora_moderation.staging import replaced_whole
 
 OURS = "qlora_moderation"
 """Name of this project's verdicts beside other moderators'."""

@@ -1,39 +1,69 @@
 """The static part of the memory: weights, NF4 constants, gradients, optimiser state.
 
-In: a model. Out: bytes, and a line for the log. Activations come on top.
+In: a model, whole, sharded, or without weights on the meta device. Out: bytes of this process, and a line for the log.
+Activations come on top.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
+from qlora_moderation.distributed import local_part
+
 _OPTIMIZER_BYTES = {"adamw_8bit": 2, "paged_adamw_8bit": 2}
+_NF4_BYTES = 0.5  # of a weight
+_NOT_NF4 = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """One parameter: its weights in the whole model, and what this process holds of it."""
+
+    weights: int
+    held_weights: int
+    held_bytes: int
+    constants: int
+    trainable: bool
+
+
+def _parameters(model: nn.Module) -> Iterator[_Held]:
+    seen: set[int] = set()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            own = local_part(parameter)
+            bytes_ = own.numel() * own.element_size()
+            state: Any = getattr(module, "quant_state", _NOT_NF4)
+            if state is _NOT_NF4 or parameter is not module.weight:
+                yield _Held(parameter.numel(), own.numel(), bytes_, 0, parameter.requires_grad)
+            elif state is None:  # a Linear4bit that has no weights yet
+                size, nested = parameter.numel(), getattr(parameter, "compress_statistics", True)
+                yield _Held(size, size, int(size * _NF4_BYTES), size // 64 * (1 if nested else 4), False)
+            else:
+                size = state.shape.numel()
+                yield _Held(size, size, bytes_, _constant_bytes(state), False)
 
 
 def count_weights(model: nn.Module) -> tuple[int, int]:
-    """Return (trainable, all) weights; an NF4 weight counts as one, though two share a byte."""
-    trainable = everything = 0
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        size = parameter.numel() if state is None else state.shape.numel()
-        everything += size
-        trainable += size if parameter.requires_grad else 0
-    return trainable, everything
+    """Return (trainable, all) weights of the whole model; an NF4 weight counts as one, though two share a byte."""
+    held = list(_parameters(model))
+    return sum(part.weights for part in held if part.trainable), sum(part.weights for part in held)
 
 
 def compute_static_memory(model: nn.Module, optim: str) -> dict[str, int]:
-    """Return bytes of weights, quantisation constants, gradients and optimiser state."""
-    weights = constants = trainable = 0
-    for parameter in model.parameters():
-        weights += parameter.numel() * parameter.element_size()
-        constants += _constant_bytes(getattr(parameter, "quant_state", None))
-        trainable += parameter.numel() if parameter.requires_grad else 0
+    """Return bytes of weights, quantisation constants, gradients and optimiser state that this process holds."""
+    held = list(_parameters(model))
+    trainable = sum(part.held_weights for part in held if part.trainable)
     # 8-bit states hold two bytes a weight and fp32 block scales beside them, which small tensors (kept in fp32) outweigh
     return {
-        "weights": weights,
-        "constants": constants,
+        "weights": sum(part.held_bytes for part in held),
+        "constants": sum(part.constants for part in held),
         "gradients": 4 * trainable,
         "optimizer": _OPTIMIZER_BYTES.get(optim, 8) * trainable,
     }

@@ -22,12 +22,13 @@ from torch import nn
 from qlora_moderation import backbone as bb
 from qlora_moderation.adapter import find_head, set_label_names
 from qlora_moderation.card import build_card
-from qlora_moderation.classifier import ADAPTER_FILE, Classifier, load_classifier, replaced_whole
+from qlora_moderation.classifier import ADAPTER_FILE, Classifier, load_classifier
 from qlora_moderation.config import MergeConfig
 from qlora_moderation.errors import CheckpointError, ConfigError, ModerationError
 from qlora_moderation.metadata import read_json, write_json, write_text
 from qlora_moderation.sample import build_sample
 from qlora_moderation.scoring import Scores, score_pairs
+from qlora_moderation.staging import replaced_whole
 
 LOGIT_TOLERANCE = 1e-4
 """Largest difference of an fp32 logit that a faithful fp32 merge may show."""

@@ -21,26 +21,27 @@ class ModerationModel(nn.Module):
     Args:
         network: a stock sequence classifier, or PEFT's wrapper around one.
         is_encoder: run the stock forward of a BERT-like network instead of pooling the last token.
+        device: where it computes; sharded weights may lie elsewhere.
         autocast_dtype: type of the backbone's products under autocast; None: no autocast.
     """
 
     def __init__(
-        self, network: PreTrainedModel | PeftModel, is_encoder: bool, autocast_dtype: torch.dtype | None = None
+        self,
+        network: PreTrainedModel | PeftModel,
+        is_encoder: bool,
+        device: torch.device,
+        autocast_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.is_encoder = is_encoder
+        self.device = device
         self.autocast_dtype = autocast_dtype
 
     @property
     def classifier(self) -> PreTrainedModel:
         """The stock classifier, without PEFT's wrapper."""
         return self.network.get_base_model() if isinstance(self.network, PeftModel) else self.network
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights lie."""
-        return next(self.parameters()).device
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Return logits [S, C] in fp32; the head runs outside autocast, on the pooled tokens only."""

@@ -31,7 +31,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         "eps": config.adam_epsilon,
     }
     if config.optim.startswith("adamw_torch"):
-        return torch.optim.AdamW(groups, fused=config.optim == "adamw_torch_fused", **settings)  # type: ignore[arg-type]
+        return torch.optim.AdamW(groups, fused=config.optim == "adamw_torch_fused", **settings)  # type: ignore[arg-type]  # mixed values
     try:
         import bitsandbytes
     except ImportError:

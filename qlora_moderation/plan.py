@@ -20,6 +20,7 @@ from qlora_moderation.batching import count_steps, step_batch
 from qlora_moderation.classifier import Classifier
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.data import Pairs, load_pairs, split_by_prompt
+from qlora_moderation.distributed import world_size
 from qlora_moderation.memory import count_weights, describe_static_memory
 from qlora_moderation.optim import warmup_steps
 from qlora_moderation.scoring import default_token_budget
@@ -87,9 +88,14 @@ def load_material(config: TrainConfig, classifier: Classifier, log: Log) -> Mate
     return Material(training, validation, ids, warnings, audit)
 
 
+def count_pairs_per_step(config: TrainConfig, processes: int) -> int:
+    """Return the pairs that all processes together learn from in one step."""
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+
+
 def build_plan(config: TrainConfig, pairs: int, device: torch.device) -> Plan:
     """Derive steps and budgets."""
-    pairs_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    pairs_per_step = count_pairs_per_step(config, world_size())
     steps_per_epoch = count_steps(pairs, pairs_per_step)
     by_epochs = max(1, math.ceil(config.num_train_epochs * steps_per_epoch))
     budget = config.max_tokens_per_micro_batch or default_token_budget(device, config.max_length)
@@ -115,7 +121,9 @@ def find_inapplicable(config: TrainConfig, device: torch.device) -> list[str]:
             for name in ("bf16", "tf32")
             if getattr(config, name)
         ]
-    if config.fsdp:
+        if config.offloads and world_size() > 1:
+            lines.append("--fsdp_cpu_offload has no effect on the CPU; going on")
+    if config.fsdp and config.sharding == "auto" and world_size() == 1:
         lines.append("--fsdp has no effect with one process; going on unsharded")
     return lines
 
@@ -133,15 +141,17 @@ def announce(config: TrainConfig, classifier: Classifier, material: Material, pl
     log(f"layout {classifier.layout}: {classifier.layout_reason}; at most {plan.token_budget} tokens a micro-batch")
     log(
         f"pairs a step {plan.pairs_per_step} = per_device_train_batch_size {config.per_device_train_batch_size} x "
-        f"gradient_accumulation_steps {config.gradient_accumulation_steps} x 1 process"
+        f"gradient_accumulation_steps {config.gradient_accumulation_steps} x {world_size()} "
+        f"process{'es' if world_size() > 1 else ''}"
     )
+    log(f"sharding {classifier.sharding.kind}: {classifier.sharding.reason}")
     log(
         f"steps {plan.total_steps} ({'max_steps' if config.max_steps > 0 else f'{config.num_train_epochs:g} epochs'} of "
         f"{plan.steps_per_epoch} steps and {tokens:,} tokens each), {config.lr_scheduler_type} to "
         f"{config.resolved_learning_rate:g} with {warmup} steps of warm-up"
     )
     log(f"trainable {trainable:,} of {everything:,} weights ({trainable / everything:.2%})")
-    log(describe_static_memory(model, config.optim))
+    log(f"each process: {describe_static_memory(model, config.optim)}")
 
 
 def show_first_pair(config: TrainConfig, classifier: Classifier, material: Material, plan: Plan, log: Log) -> None:

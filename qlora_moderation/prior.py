@@ -19,6 +19,7 @@ import torch
 from qlora_moderation.adapter import find_head
 from qlora_moderation.classifier import Classifier
 from qlora_moderation.data import Pairs
+from qlora_moderation.distributed import like_shard, sum_over_ranks
 from qlora_moderation.scoring import score_windows
 from qlora_moderation.tokenization import Window
 
@@ -47,17 +48,26 @@ def set_head_prior(classifier: Classifier, pairs: Pairs, ids: Sequence[np.ndarra
     if not rows:
         return
     head = find_head(classifier.model.classifier)[2]
-    offsets = torch.tensor(compute_log_odds(pairs)[rows], dtype=head.weight.dtype, device=head.weight.device)
+    offsets = torch.zeros(head.out_features, dtype=head.weight.dtype, device=classifier.model.device)
+    offsets[rows] = torch.tensor(compute_log_odds(pairs)[rows], dtype=offsets.dtype, device=offsets.device)
     with torch.no_grad():
         if head.bias is not None:
-            head.bias[rows] = offsets
+            head.bias.add_(like_shard(offsets, head.bias))  # the bias of a new row is zero
             return
         seen: list[torch.Tensor] = []
         hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().float()))
+        texts = [Window(list(text), i) for i, text in enumerate(ids[:: max(1, len(ids) // _SAMPLE)])]
+
+        def forget_filler(done: int) -> None:
+            if not done:  # a forward without texts of its own only keeps a sharded rank in step
+                seen.pop()
+
         try:
-            every = max(1, len(ids) // _SAMPLE)
-            score_windows(classifier, [Window(list(text), i) for i, text in enumerate(ids[::every])], None, None)
+            score_windows(classifier, texts, None, forget_filler)
         finally:
             hook.remove()
-        mean = torch.cat(seen).mean(dim=0)
-        head.weight[rows] += offsets[:, None] * mean / mean.dot(mean)
+        total = torch.zeros(head.in_features, device=classifier.model.device)
+        for hidden in seen:
+            total += hidden.sum(dim=0)
+        mean = sum_over_ranks(total) / len(texts)
+        head.weight.add_(like_shard(offsets[:, None] * mean / mean.dot(mean), head.weight))

@@ -5,20 +5,25 @@ In: a configuration and records. Out: `config.yaml`, `environment.json`, `status
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
-from qlora_moderation.checkpoint import STATE_FILE, find_checkpoints
+from qlora_moderation.checkpoint import STATE_FILE, find_checkpoints, find_damage
 from qlora_moderation.config import TrainConfig
+from qlora_moderation.distributed import is_main
 from qlora_moderation.errors import CheckpointError
 from qlora_moderation.metadata import read_json, write_json, write_text
 from qlora_moderation.options import dump_options
+from qlora_moderation.staging import recover
 
 PACKAGES = (
     "qlora-moderation", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers",
@@ -34,9 +39,10 @@ _OWN = (
 
 _MAY_DIFFER = {
     "output_dir", "resume", "overwrite_output_dir", "dry_run", "save_strategy", "save_steps", "save_total_limit", "report_to",
-    "max_tokens_per_micro_batch", "per_device_eval_batch_size", "gradient_checkpointing",
+    "max_tokens_per_micro_batch", "per_device_eval_batch_size", "gradient_checkpointing", "sharding", "fsdp",
+    "fsdp_transformer_layer_cls_to_wrap", "fsdp_cpu_offload", "per_device_train_batch_size", "gradient_accumulation_steps",
 }  # fmt: skip
-"""Options that change neither what a run learns nor what it reports."""
+"""Options that change neither what a run learns nor what it reports; pairs a step are compared as their product."""
 
 
 def describe_environment() -> dict[str, Any]:
@@ -50,116 +56,161 @@ def describe_environment() -> dict[str, Any]:
     return {"python": platform.python_version(), "system": platform.platform(), "packages": versions}
 
 
-class RunDirectory:
-    """One training run's directory.
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """How a run begins.
+
+    Attributes:
+        checkpoint: where it goes on from; None: at the first step.
+        is_finished: the directory holds the finished run of this very configuration; nothing is left to do.
+        notes: lines for the log.
+    """
+
+    checkpoint: Path | None = None
+    is_finished: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def decide_start(config: TrainConfig, pairs_per_step: int) -> Start:
+    """Look at `output_dir` and decide whether the run starts, goes on, has ended, or must not touch it; writes nothing.
 
     Args:
         config: names the directory, and says what happens to what it holds.
-
-    Attributes:
-        checkpoint: where the run goes on from; None: it starts.
-        is_finished: the directory holds the finished run of this very configuration; nothing is left to do.
+        pairs_per_step: of all processes together.
 
     Raises:
-        CheckpointError: it holds something else, or it cannot be written.
+        CheckpointError: the directory holds something else, or cannot be written.
+    """
+    path = Path(config.output_dir)
+    named = None if config.resume in ("auto", "never") else Path(config.resume)
+    if named is not None and not (named / STATE_FILE).is_file():
+        raise CheckpointError(
+            f"--resume {config.resume}: is neither auto nor never nor a directory under checkpoints/ with {STATE_FILE}"
+        )
+    if named is not None and named.resolve().parent.parent != path.resolve():
+        raise CheckpointError(
+            f"--resume {named}: belongs to another run; copy that run's directory and give the copy as --output_dir"
+        )
+    place = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not os.access(place, os.W_OK):
+        raise CheckpointError(f"--output_dir {path}: cannot be written (no permission in {place})")
+    if place == path and path.is_dir():
+        for weights in ("adapter", "model"):
+            recover(path / weights)
+    if place != path or (path.is_dir() and not any(path.iterdir())):
+        return Start()
+    remedy = "give another directory, or --overwrite_output_dir True"
+    status = path / "status.json"
+    if not path.is_dir() or not status.is_file() or not (path / "config.yaml").is_file():
+        raise CheckpointError(f"--output_dir {path}: is no run directory and not empty; give another directory")
+    if config.overwrite_output_dir:
+        _refuse_own_inputs(config)
+        return Start()
+    if config.resume == "never":
+        raise CheckpointError(f"--output_dir {path}: holds a run, and --resume never does not touch it; {remedy}")
+    differing = _find_differences(config, pairs_per_step)
+    if differing:
+        raise CheckpointError(f"--output_dir {path}: holds a run with other {', '.join(differing)}; {remedy}")
+    if named is not None:
+        return Start(named)
+    if read_json(status).get("state") == "finished":
+        return Start(is_finished=True)
+    found = find_checkpoints(path)
+    if found:
+        return Start(found[-1], notes=tuple(_describe_damage(path, found[-1])))
+    damaged = list(_describe_damage(path, None))
+    if damaged:
+        raise CheckpointError(f"{damaged[0]}; no checkpoint is left; start over with --overwrite_output_dir True")
+    saved = [name for name in ("adapter", "model") if (path / name).exists()]
+    if saved:
+        raise CheckpointError(
+            f"--output_dir {path}: holds {saved[0]}/ of a run that stopped without a checkpoint and cannot go on; "
+            "start over with --overwrite_output_dir True, and add --save_strategy steps to be able to go on"
+        )
+    _refuse_own_inputs(config)
+    return Start()
+
+
+def _describe_damage(path: Path, newest: Path | None) -> Iterator[str]:
+    for directory in sorted((path / "checkpoints").glob("step-*")):
+        damage = find_damage(directory)
+        if damage is not None and (newest is None or directory.name > newest.name):
+            yield f"{directory} is damaged ({damage})"
+
+
+def _refuse_own_inputs(config: TrainConfig) -> None:
+    """Refuse to start over in a directory that the run itself reads from."""
+    root = Path(config.output_dir)
+    specs = (config.model_name_or_path, config.train_data_name_or_path, config.eval_data_name_or_path, config.taxonomy)
+    inputs = [Path(part).resolve() for spec in specs if spec for part in {spec, *spec.split("+")}]
+    for own in (root.resolve() / name for name in _OWN):
+        if any(path == own or own in path.parents for path in inputs):
+            raise CheckpointError(f"--output_dir {root}: starting over would remove {own}, which this run reads")
+
+
+def _find_differences(config: TrainConfig, pairs_per_step: int) -> list[str]:
+    path = Path(config.output_dir) / "config.yaml"
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        stored = None
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"{path}: is damaged; restore it, or give another --output_dir")
+    own = yaml.safe_load(dump_options(config))
+    differing = [name for name in own if name not in _MAY_DIFFER and own[name] != stored.get(name)]
+    before = read_json(path.with_name("environment.json")).get("pairs_per_step")
+    if before != pairs_per_step:
+        differing.append(
+            f"number of pairs a step ({before}, now {pairs_per_step} = per_device_train_batch_size x "
+            "gradient_accumulation_steps x processes)"
+        )
+    return differing
+
+
+class RunDirectory:
+    """One training run's directory, opened for writing by rank 0; on the other ranks it writes nothing.
+
+    Args:
+        config: names the directory.
+        start: from `decide_start`.
+        processes: facts about the processes, for `environment.json`.
+
+    Raises:
+        CheckpointError: it cannot be written.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, start: Start, processes: dict[str, Any]) -> None:
         self.path = Path(config.output_dir)
-        self.checkpoint: Path | None = None
-        self.is_finished = False
-        if config.resume not in ("auto", "never"):
-            self.checkpoint = Path(config.resume)
-            if not (self.checkpoint / STATE_FILE).is_file():
-                raise CheckpointError(
-                    f"--resume {config.resume}: is neither auto nor never nor a directory under checkpoints/ with {STATE_FILE}"
-                )
+        self._metrics: TextIO | None = None
+        if not is_main():
+            return
         try:
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                self._decide(config)
-            if self.is_finished:
-                return
-            if self.checkpoint is None and self.path.is_dir():
-                self._clear(config)
+            if start.checkpoint is None and self.path.is_dir():
+                for name in _OWN:
+                    own = self.path / name
+                    shutil.rmtree(own) if own.is_dir() else own.unlink(missing_ok=True)
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / "config.yaml", dump_options(config))
-            write_json(self.path / "environment.json", describe_environment())
+            write_json(self.path / "environment.json", describe_environment() | processes)
             self.set_status("starting")
             self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
         except OSError as error:
             raise CheckpointError(f"--output_dir {self.path}: cannot be written ({error.strerror})") from None
 
-    def _decide(self, config: TrainConfig) -> None:
-        """Go on, start over, or refuse."""
-        remedy = "give another directory, or --overwrite_output_dir True"
-        status = self.path / "status.json"
-        if not self.path.is_dir() or not status.is_file() or not (self.path / "config.yaml").is_file():
-            raise CheckpointError(
-                f"--output_dir {self.path}: is no run directory and not empty; give another directory"
-            )
-        if config.overwrite_output_dir:
-            self.checkpoint = None
-            return
-        if config.resume == "never":
-            raise CheckpointError(
-                f"--output_dir {self.path}: holds a run, and --resume never does not touch it; {remedy}"
-            )
-        differing = self._find_differences(config)
-        if differing:
-            raise CheckpointError(f"--output_dir {self.path}: holds a run with other {', '.join(differing)}; {remedy}")
-        self.is_finished = read_json(status).get("state") == "finished"
-        if self.checkpoint is not None:  # named by --resume
-            self.is_finished = False
-            return
-        found = find_checkpoints(self.path)
-        self.checkpoint = found[-1] if found else None
-        weights = [name for name in ("adapter", "model") if (self.path / name).exists()]
-        if not self.is_finished and self.checkpoint is None and weights:
-            raise CheckpointError(
-                f"--output_dir {self.path}: holds {weights[0]}/ of a run that stopped without a checkpoint and cannot go on; "
-                "start over with --overwrite_output_dir True, and add --save_strategy steps to be able to go on"
-            )
-
-    def _clear(self, config: TrainConfig) -> None:
-        """Remove what an earlier run wrote here.
-
-        Raises:
-            CheckpointError: this run would read some of it.
-        """
-        specs = (
-            config.model_name_or_path,
-            config.train_data_name_or_path,
-            config.eval_data_name_or_path,
-            config.taxonomy,
-        )
-        inputs = [Path(part).resolve() for spec in specs if spec for part in {spec, *spec.split("+")}]
-        for own in (self.path.resolve() / name for name in _OWN):
-            if any(path == own or own in path.parents for path in inputs):
-                raise CheckpointError(
-                    f"--output_dir {self.path}: starting over would remove {own}, which this run reads"
-                )
-        for name in _OWN:
-            path = self.path / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-    def _find_differences(self, config: TrainConfig) -> list[str]:
-        try:
-            stored = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError):
-            stored = None
-        if not isinstance(stored, dict):
-            raise CheckpointError(f"{self.path / 'config.yaml'}: is damaged; restore it, or give another --output_dir")
-        own = yaml.safe_load(dump_options(config))
-        return [name for name in own if name not in _MAY_DIFFER and own[name] != stored.get(name)]
-
     def set_status(self, state: str, **facts: Any) -> None:
         """Write `status.json`."""
-        write_json(self.path / "status.json", {"state": state, **facts})
+        self.write("status.json", {"state": state, **facts})
+
+    def write(self, name: str, content: Any) -> None:
+        """Write a JSON file."""
+        if is_main():
+            write_json(self.path / name, content)
 
     def record(self, values: dict[str, Any]) -> None:
         """Append one line to `metrics.jsonl`."""
-        self._metrics.write(json.dumps(values) + "\n")
-        self._metrics.flush()
+        if self._metrics is not None:
+            self._metrics.write(json.dumps(values) + "\n")
+            self._metrics.flush()
 
     def records(self) -> list[dict[str, Any]]:
         """Read `metrics.jsonl` back; a last line that a kill cut off does not count."""
@@ -168,6 +219,8 @@ class RunDirectory:
 
     def cut_records(self, step: int) -> None:
         """Forget what was recorded after `step`, so that the file equals an unbroken run's."""
+        if self._metrics is None:
+            return
         kept = [record for record in self.records() if record["step"] <= step]
         self._metrics.close()
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
@@ -175,4 +228,5 @@ class RunDirectory:
 
     def close(self) -> None:
         """Close the files that are open for writing."""
-        self._metrics.close()
+        if self._metrics is not None:
+            self._metrics.close()

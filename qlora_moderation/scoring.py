@@ -13,7 +13,9 @@ import torch
 
 from qlora_moderation.batching import micro_batches
 from qlora_moderation.classifier import Classifier
+from qlora_moderation.distributed import rank, sum_over_ranks, world_size
 from qlora_moderation.layout import build_micro_batch
+from qlora_moderation.sharding import reshard
 from qlora_moderation.tokenization import Window
 
 _CHUNK = 2048  # windows sorted together: enough for even micro-batches, small for memory and progress
@@ -86,22 +88,25 @@ def score_pairs(
     return Scores(logits, counts, truncated)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def score_windows(
     classifier: Classifier, windows: Sequence[Window], max_tokens: int | None, progress: Callable[[int], None] | None
 ) -> np.ndarray:
-    """Return logits [number of windows, C] in fp32, in the order of the windows."""
+    """Return logits [number of windows, C] in fp32, in the order of the windows; the ranks share the work."""
     device = classifier.model.device
     lengths = [len(window.ids) for window in windows]
     budget = max_tokens or default_token_budget(device, classifier.encoder.max_length)
-    order: list[int] = []
-    parts: list[torch.Tensor] = []
-    for members in micro_batches(lengths, budget, classifier.layout)[0]:
-        ids = [windows[i].ids for i in members]
-        parts.append(classifier.model(build_micro_batch(ids, classifier.layout, classifier.pad_id, device)))
-        order.extend(members)
+    shape = (len(windows), len(classifier.taxonomy.categories))
+    logits = torch.zeros(shape, dtype=torch.float32, device=device)
+    shortest = min(range(len(lengths)), key=lengths.__getitem__)
+    for members in micro_batches(lengths, budget, classifier.layout, world_size())[rank()]:
+        if not members and not classifier.sharding.needs_fillers:
+            continue
+        ids = [windows[i].ids for i in members or [shortest]]
+        scored = classifier.model(build_micro_batch(ids, classifier.layout, classifier.pad_id, device))
+        if members:
+            logits[members] = scored
         if progress is not None:
             progress(len(members))
-    logits = np.empty((len(windows), parts[0].shape[1]), dtype=np.float32)
-    logits[order] = torch.cat(parts).cpu().numpy()
-    return logits
+    reshard(classifier.model)
+    return sum_over_ranks(logits).cpu().numpy()

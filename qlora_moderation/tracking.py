@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_moderation.config import TrainConfig
+from qlora_moderation.distributed import is_main
 from qlora_moderation.errors import ConfigError
 
 
@@ -26,12 +27,12 @@ def check_trackers(config: TrainConfig) -> None:
 
 
 class Trackers:
-    """All trackers of a run, as one."""
+    """All trackers of a run, as one; rank 0 alone has any."""
 
     def __init__(self, config: TrainConfig) -> None:
         self._trackers: list[Any] = []
         names = [name for name in config.report_to if name != "none"]
-        if not names:
+        if not names or not is_main():
             return
         from accelerate import PartialState, tracking
 

@@ -7,11 +7,13 @@ import json
 import pytest
 import torch
 from conftest import make_config
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from qlora_moderation.checkpoint import find_checkpoints
 from qlora_moderation.errors import CheckpointError
-from qlora_moderation.train import _Loop, train
+from qlora_moderation.loop import Loop
+from qlora_moderation.train import train
 
 
 class Killed(BaseException):
@@ -36,14 +38,14 @@ def test_a_killed_run_ends_like_one_that_was_never_killed(method, llama, rows_fi
     more = options(method=method, lora_dropout=0.1)
     unbroken = train(make_config(llama, rows_file, tmp_path / "unbroken", **more), silent)
     config = make_config(llama, rows_file, tmp_path / "killed", **more)
-    whole_step = _Loop.take_step
+    whole_step = Loop.take_step
     for fatal in (4, 6):
         monkeypatch.setattr(
-            _Loop, "take_step", lambda self, step, fatal=fatal: _kill() if step == fatal else whole_step(self, step)
+            Loop, "take_step", lambda self, step, fatal=fatal: _kill() if step == fatal else whole_step(self, step)
         )
         with pytest.raises(Killed):
             train(config, silent)
-    monkeypatch.setattr(_Loop, "take_step", whole_step)
+    monkeypatch.setattr(Loop, "take_step", whole_step)
     log: list[str] = []
     resumed = train(config, log.append)
     assert any("going on from step-000004" in line for line in log)
@@ -61,8 +63,8 @@ def _kill():
 def test_save_total_limit_keeps_the_newest(llama, rows_file, tmp_path):
     train(make_config(llama, rows_file, tmp_path / "run", **options(save_total_limit=2)), silent)
     assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["step-000004", "step-000006"]
-    state = torch.load(tmp_path / "run/checkpoints/step-000006/state.pt", weights_only=True)
-    assert all("lora" in name or "score" in name for name in state["parameters"])
+    with safe_open(next((tmp_path / "run/checkpoints/step-000006").glob("*.safetensors")), "pt") as file:
+        assert len(file.keys()) > 20 and all("lora" in name or "score" in name for name in file.keys())  # noqa: SIM118
 
 
 def test_a_run_directory_is_never_lost_by_accident(llama, rows_file, tmp_path):
@@ -83,16 +85,25 @@ def test_a_run_directory_is_never_lost_by_accident(llama, rows_file, tmp_path):
 
 def test_a_damaged_checkpoint_is_named_and_an_earlier_one_serves(llama, rows_file, tmp_path):
     config = make_config(llama, rows_file, tmp_path / "run", **options())
-    train(config, silent)
-    newest = find_checkpoints(tmp_path / "run")[-1]
-    (newest / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:1000])
+    weights = train(config, silent)
+    unbroken = load_file(weights / "adapter_model.safetensors")
+    checkpoints = find_checkpoints(tmp_path / "run")
+    file = next(checkpoints[-1].glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:1000])
     (tmp_path / "run" / "status.json").write_text('{"state": "running"}')
-    with pytest.raises(CheckpointError, match=r"step-000006.*cannot be read"):
-        train(config, silent)
-    earlier = make_config(llama, rows_file, tmp_path / "run", **options(resume=str(newest.parent / "step-000004")))
+    named = make_config(llama, rows_file, tmp_path / "run", **options(resume=str(checkpoints[-1])))
+    with pytest.raises(CheckpointError, match=r"step-000006: .*has 1000 bytes instead of \d+; remove it"):
+        train(named, silent)
     log: list[str] = []
-    train(earlier, log.append)
-    assert any("going on from step-000004" in line for line in log)
+    train(config, log.append)
+    assert any("step-000006 is damaged" in line and "going on from" in line for line in log)
+    resumed = load_file(weights / "adapter_model.safetensors")
+    assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
+    (tmp_path / "run" / "status.json").write_text('{"state": "running"}')
+    for directory in checkpoints:
+        (directory / "state.json").unlink()
+    with pytest.raises(CheckpointError, match="no checkpoint is left; start over with --overwrite_output_dir"):
+        train(config, silent)
 
 
 def test_starting_over_removes_what_a_run_wrote_and_nothing_else(llama, rows_file, tmp_path):
@@ -113,8 +124,8 @@ def test_starting_over_removes_what_a_run_wrote_and_nothing_else(llama, rows_fil
 
 def test_an_interrupted_run_without_checkpoints_keeps_its_weights(llama, rows_file, tmp_path, monkeypatch):
     config = make_config(llama, rows_file, tmp_path / "run", **options(save_strategy="no"))
-    whole_step = _Loop.take_step
-    monkeypatch.setattr(_Loop, "take_step", lambda self, step: _interrupt() if step == 5 else whole_step(self, step))
+    whole_step = Loop.take_step
+    monkeypatch.setattr(Loop, "take_step", lambda self, step: _interrupt() if step == 5 else whole_step(self, step))
     with pytest.raises(KeyboardInterrupt):
         train(config, silent)
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "interrupted"

@@ -19,11 +19,12 @@ LAYERS = """
     rows data audit
     tokenization
     batching layout
-    attention backbone adapter model loss memory classifier
+    distributed interruption staging
+    attention backbone adapter model loss memory sharding export classifier
     optim scoring prior checkpoint
     metrics baselines
     plots card report
-    tracking run_directory plan train
+    tracking run_directory plan loop train
     sample embedded
     merge evaluate moderation
     quickstart

@@ -15,13 +15,14 @@ from qlora_moderation.cli import run_job
 from qlora_moderation.config import EvaluateConfig, MergeConfig, TrainConfig
 from qlora_moderation.errors import CheckpointError, ConfigError, DataError
 from qlora_moderation.evaluate import evaluate
+from qlora_moderation.loop import NonFiniteError
 from qlora_moderation.merge import merge_adapter
 from qlora_moderation.metadata import load_metadata
 from qlora_moderation.optim import build_optimizer, build_scheduler
 from qlora_moderation.prior import compute_log_odds, set_head_prior
 from qlora_moderation.sample import build_sample
 from qlora_moderation.taxonomy import Taxonomy
-from qlora_moderation.train import NonFiniteError, train
+from qlora_moderation.train import train
 
 
 def write_rows(path, rows):
@@ -98,7 +99,7 @@ def test_selecting_on_a_test_split_is_said_everywhere(llama, rows, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_rows(llama, rows_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("qlora_moderation.train.compute_loss", lambda *args: args[0].sum() * float("nan"))
+    monkeypatch.setattr("qlora_moderation.loop.compute_loss", lambda *args: args[0].sum() * float("nan"))
     with pytest.raises(NonFiniteError, match=r"step 1: loss nan .*rows\.jsonl, line \d+"):
         train(make_config(llama, rows_file, tmp_path / "run"), silent)
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"

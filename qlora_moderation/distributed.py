@@ -1,0 +1,211 @@
+"""The processes of a run: who am I, and what do the others say. One process is world size 1, not another code path.
+
+In: the variables that torchrun sets. Out: a process group, and the collectives that this library needs. All of them do
+nothing where there is no group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from qlora_moderation.errors import ConfigError, Interrupted, SaidByMainError
+
+T = TypeVar("T")
+_STEP_TIMEOUT = datetime.timedelta(minutes=30)
+_WORK_TIMEOUT = datetime.timedelta(hours=24)  # while rank 0 downloads, tokenises or writes
+_patient: dist.ProcessGroup | None = None
+
+
+def rank() -> int:
+    """Return this process's number, 0 to W - 1."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return W."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Say whether this is the process that speaks and writes."""
+    return rank() == 0
+
+
+def launched_processes() -> int:
+    """Return how many processes torchrun started; known before they have met."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def current_device(use_cpu: bool) -> torch.device:
+    """Return this process's CUDA device where there is one and it is wanted, else the CPU."""
+    if use_cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@contextlib.contextmanager
+def processes(use_cpu: bool, group: bool | None = None) -> Iterator[torch.device]:
+    """Join the processes that torchrun started and yield this one's device.
+
+    Args:
+        use_cpu: stay on the CPU; the ranks then talk through gloo, else through NCCL.
+        group: make a group of one even without torchrun; None: only where torchrun started several.
+
+    Raises:
+        ConfigError: more processes than GPUs.
+    """
+    global _patient
+    cuda = torch.cuda.is_available() and not use_cpu
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if cuda:
+        if local >= torch.cuda.device_count():
+            raise ConfigError(
+                f"{os.environ.get('LOCAL_WORLD_SIZE', local + 1)} processes on a machine with {torch.cuda.device_count()} "
+                "GPUs; lower --nproc_per_node, or stay on the CPU with --use_cpu True"
+            )
+        torch.cuda.set_device(local)
+    device = current_device(use_cpu)
+    several = launched_processes() > 1
+    if dist.is_initialized() or not (several if group is None else group or several):
+        yield device
+        return
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if several:
+        dist.init_process_group(backend, timeout=_STEP_TIMEOUT, device_id=device if cuda else None)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    _patient = dist.new_group(backend="gloo", timeout=_WORK_TIMEOUT)
+    together = world_size() == 1  # leaving on an error: the others may be waiting in a collective, so say no goodbye
+    try:
+        yield device
+        together = True
+    except Interrupted:
+        together = True
+        raise
+    finally:
+        group, _patient = _patient, None
+        if together:
+            dist.barrier(group=group)
+            dist.destroy_process_group()
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Say whether an error only tells that another rank has gone."""
+    text = str(error)
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
+    return isinstance(error, dist.DistNetworkError | dist.DistBackendError) or any(sign in text for sign in signs)
+
+
+def patient_group() -> dist.ProcessGroup | None:
+    """Return the group for words and files: on the CPU, and in no hurry."""
+    return _patient
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Let rank 0 do `work` and hand its result, which must be picklable, to all ranks.
+
+    Raises:
+        SaidByMainError: on the other ranks, where the work failed; rank 0 raises the error itself.
+    """
+    if world_size() == 1:
+        return work()
+    answer: list[Any] = [False, None]
+    if not is_main():
+        dist.broadcast_object_list(answer, src=0, group=_patient)
+        if not answer[0]:
+            raise SaidByMainError("rank 0 stopped")
+        return answer[1]
+    try:
+        answer = [True, work()]
+    finally:
+        dist.broadcast_object_list(answer, src=0, group=_patient)
+    return answer[1]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Return every rank's picklable `value`, in the order of the ranks."""
+    values: list[Any] = [value]
+    if world_size() > 1:
+        values = [None] * world_size()
+        dist.all_gather_object(values, value, group=_patient)
+    return values
+
+
+def raise_together(error: Exception | None) -> None:
+    """Let an error that some ranks met stop all: the first of them speaks.
+
+    Raises:
+        Exception: the given one on the first rank that has one, `SaidByMainError` on the others.
+    """
+    failed = [index for index, fails in enumerate(gather_objects(error is not None)) if fails]
+    if failed and error is not None and failed[0] == rank():
+        raise error
+    if failed:
+        raise SaidByMainError(f"rank {failed[0]} stopped")
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Add up a tensor over all ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def highest_over_ranks(number: int) -> int:
+    """Return the highest of the ranks' numbers; nothing waits for a GPU."""
+    if world_size() == 1:
+        return number
+    box = torch.tensor([number])
+    dist.all_reduce(box, dist.ReduceOp.MAX, group=_patient)
+    return int(box)
+
+
+def sum_gradients(parameters: Sequence[torch.nn.Parameter], bucket_bytes: int = 256 * 2**20) -> None:
+    """Add up the gradients of replicated parameters over all ranks, in fp32 and in as few messages as `bucket_bytes` allows.
+
+    A parameter without a gradient counts as zero, so that all ranks send the same whatever texts they had.
+    """
+    bucket: list[torch.nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        bucket.append(parameter)
+        size += 4 * parameter.numel()
+        if size >= bucket_bytes:
+            _sum_bucket(bucket)
+            bucket, size = [], 0
+    if bucket:
+        _sum_bucket(bucket)
+
+
+def _sum_bucket(bucket: Sequence[torch.nn.Parameter]) -> None:
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1).float() for p in bucket])
+    dist.all_reduce(flat)
+    for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+        parameter.grad = part.view_as(parameter).to(parameter.dtype)
+
+
+def gather_full(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the whole of a tensor that may be sharded; all ranks take part."""
+    whole: Any = tensor.detach()
+    return whole.full_tensor() if isinstance(whole, DTensor) else whole
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what this rank holds of a tensor that may be sharded."""
+    part: Any = tensor.detach()
+    return part.to_local() if isinstance(part, DTensor) else part
+
+
+def like_shard(full: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Return `full`, which all ranks hold, laid out as `tensor` is: sharded or whole."""
+    if not isinstance(tensor, DTensor):
+        return full
+    return distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)

@@ -1,0 +1,46 @@
+"""Stopping on request: SIGTERM and SIGINT end a run at a step boundary that all ranks agree on.
+
+In: signals. Out: the number of the one that all ranks act on; the caller writes what going on needs and raises `Interrupted`.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+from qlora_moderation.distributed import highest_over_ranks
+
+
+class StopSignals:
+    """While it is entered, SIGTERM and SIGINT are noted; a second SIGINT acts at once.
+
+    A second SIGTERM does not: batch systems and torchrun both send one, and the first may still be at work. Entered
+    outside the main thread it notes nothing, as Python handles signals in the main thread alone.
+    """
+
+    def __init__(self) -> None:
+        self._noted = 0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal() returned
+        self._before = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == self._noted == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._noted = self._noted or number
+
+    def agreed(self) -> int:
+        """Return the signal that any rank has noted, 0 where none has; all ranks ask at the same step."""
+        return highest_over_ranks(self._noted)

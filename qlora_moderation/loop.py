@@ -1,0 +1,285 @@
+"""The training loop: one plain loop for every method and every number of processes.
+
+In: a classifier, data and a plan. Out: the best weights, checkpoints, records. Steps 5 to 10.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from qlora_moderation.batching import micro_batches, step_batch
+from qlora_moderation.card import build_card
+from qlora_moderation.checkpoint import collect_tensors, read_facts, restore_tensors, save_checkpoint
+from qlora_moderation.classifier import Classifier
+from qlora_moderation.config import TrainConfig
+from qlora_moderation.distributed import gather_full, is_main, on_main, rank, sum_over_ranks, world_size
+from qlora_moderation.errors import CheckpointError, Interrupted, ModerationError
+from qlora_moderation.interruption import StopSignals
+from qlora_moderation.layout import build_micro_batch
+from qlora_moderation.loss import compute_loss
+from qlora_moderation.metadata import write_json, write_text
+from qlora_moderation.metrics import Metrics, compute_metrics
+from qlora_moderation.optim import build_optimizer, build_scheduler
+from qlora_moderation.plan import Log, Material, Plan
+from qlora_moderation.run_directory import RunDirectory
+from qlora_moderation.scoring import score_pairs
+from qlora_moderation.tracking import Trackers
+
+
+class NonFiniteError(ModerationError):
+    """A loss or gradient is not finite; names the step and the rows."""
+
+
+def name_weights(config: TrainConfig) -> str:
+    """Return the directory of a run's best weights."""
+    return "model" if config.method == "full" else "adapter"
+
+
+class Loop:
+    """The state of a run while it learns."""
+
+    def __init__(
+        self, config: TrainConfig, classifier: Classifier, material: Material, plan: Plan, run: RunDirectory, log: Log
+    ) -> None:
+        self.config, self.classifier, self.material, self.plan, self.run_files = config, classifier, material, plan, run
+        self.log = log
+        self.device = classifier.model.device
+        self.optimizer = build_optimizer(classifier.model, config)
+        self.scheduler = build_scheduler(self.optimizer, config, plan.total_steps)
+        self.trainable = [p for p in classifier.model.parameters() if p.requires_grad]
+        self.fingerprint = material.training.fingerprint()
+        self.labels = torch.tensor(material.training.labels, dtype=torch.float32)
+        self.weight = torch.tensor(material.training.weight, dtype=torch.float32)
+        self.best: float | None = None
+        self.best_metrics: Metrics | None = None
+        self.best_step = 0
+        self.started = time.monotonic()
+
+    @property
+    def output(self) -> Path:
+        """Where the best weights go."""
+        return self.run_files.path / name_weights(self.config)
+
+    def run(self, checkpoint: Path | None) -> None:
+        """Learn from the first step, or from behind a checkpoint, to the last one.
+
+        Raises:
+            Interrupted: a signal stopped the run; a checkpoint is written.
+        """
+        with StopSignals() as signals:
+            self._run(checkpoint, signals)
+
+    def _run(self, checkpoint: Path | None, signals: StopSignals) -> None:
+        plan = self.plan
+        trackers = Trackers(self.config)
+        visible = is_main() and sys.stderr.isatty()
+        bar = tqdm(total=plan.total_steps, unit="step", disable=not visible, dynamic_ncols=True)
+        say = bar.write if visible else self.log
+        first = 1 if checkpoint is None else self.resume(checkpoint) + 1
+        self.run_files.set_status("running", total_steps=plan.total_steps)
+        self.classifier.model.train()
+        bar.update(first - 1)
+        window_start, window_tokens = time.monotonic(), 0
+        for step in range(first, plan.total_steps + 1):
+            record = self.take_step(step)
+            self.run_files.record(record)
+            trackers.log(record, step)
+            bar.update()
+            window_tokens += record["tokens"]
+            if step % self.config.logging_steps == 0 or step == plan.total_steps:
+                now = time.monotonic()
+                say(
+                    f"step {step}/{plan.total_steps}  epoch {record['epoch']:.2f}  loss {record['loss']:.4f}  "
+                    f"grad_norm {record['grad_norm']:.3f}  learning_rate {record['learning_rate']:.2e}  "
+                    f"{window_tokens / (now - window_start):,.0f} tokens/s  "
+                    f"{_remaining(now - self.started, step + 1 - first, plan.total_steps - step)}"
+                )
+                window_start, window_tokens = now, 0
+            if plan.eval_steps and (step % plan.eval_steps == 0 or step == plan.total_steps):
+                trackers.log(self.evaluate(step, say), step)
+                window_start, window_tokens = time.monotonic(), 0
+            stop = signals.agreed() if step < plan.total_steps else 0
+            if stop or (plan.save_steps and step % plan.save_steps == 0):
+                self.save_checkpoint(step)
+                window_start, window_tokens = time.monotonic(), 0
+            if stop:
+                say(f"step {step}: stopping on request; the same command goes on from here")
+                raise Interrupted(stop)
+        if self.best_step == 0:
+            self.save_weights(plan.total_steps)
+        bar.close()
+        trackers.finish()
+
+    def save_checkpoint(self, step: int) -> None:
+        """Write everything that the rest of the run depends on, frozen weights left out.
+
+        Random numbers are not in it: every step draws from a seed of its own, see `take_step`.
+        """
+        tensors, plain = collect_tensors(self.classifier.model, self.optimizer)
+        facts = {
+            "step": step,
+            "optimizer": plain,
+            "scheduler": self.scheduler.state_dict(),
+            "best": {"value": self.best, "metrics": self.best_metrics, "step": self.best_step},
+            "training_fingerprint": self.fingerprint,
+            "world_size": world_size(),
+            "threads": torch.get_num_threads(),
+        }
+        save_checkpoint(self.run_files.path, step, tensors, facts, self.config.save_total_limit, self.best_step)
+
+    def resume(self, directory: Path) -> int:
+        """Take up the state of a checkpoint and return its step.
+
+        Raises:
+            CheckpointError: it is damaged, or belongs to other data or another model.
+        """
+        facts = on_main(lambda: read_facts(directory))
+        if facts["training_fingerprint"] != self.fingerprint:
+            raise CheckpointError(f"{directory}: the training data has changed since; start anew in another directory")
+        restore_tensors(directory, self.classifier.model, self.optimizer, facts["optimizer"])
+        self.scheduler.load_state_dict(facts["scheduler"])
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        self.best, self.best_metrics, self.best_step = (facts["best"][key] for key in ("value", "metrics", "step"))
+        self.run_files.cut_records(facts["step"])
+        now = {"world_size": world_size(), "threads": torch.get_num_threads()}
+        was = {key: facts[key] for key in now}
+        self.log(f"going on from {directory.name} of {self.plan.total_steps} steps")
+        if now != was:
+            self.log(
+                f"it was written by {was['world_size']} processes with {was['threads']} threads, now there are "
+                f"{now['world_size']} with {now['threads']}: the run goes on exactly, but not bit for bit"
+            )
+        return facts["step"]
+
+    def take_step(self, step: int) -> dict[str, Any]:
+        """Learn from one step batch; returns its record.
+
+        Raises:
+            NonFiniteError: before any weight has changed.
+        """
+        config, classifier, ids, sharding = self.config, self.classifier, self.material.ids, self.classifier.sharding
+        # dropout depends on seed, step and rank alone, so that no checkpoint needs the state of a generator
+        torch.manual_seed(random.Random(f"dropout {config.seed} {step} {rank()}").getrandbits(63))
+        members = step_batch(len(ids), self.plan.pairs_per_step, config.seed, step - 1)
+        lengths = [len(ids[i]) for i in members]
+        step_weight = float(self.weight[list(members)].sum())
+        loss = torch.zeros((), device=self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        mine = micro_batches(lengths, self.plan.token_budget, classifier.layout, world_size())[rank()]
+        for index, positions in enumerate(mine):
+            if not positions and not sharding.needs_fillers:
+                continue
+            chosen = [members[i] for i in positions or [lengths.index(min(lengths))]]
+            batch = build_micro_batch([ids[i] for i in chosen], classifier.layout, classifier.pad_id, self.device)
+            labels, weight = self.labels[chosen].to(self.device), self.weight[chosen].to(self.device)
+            sharding.before_backward(classifier.model, last=index == len(mine) - 1)
+            # a filler has weight 0 and only keeps this rank in step with the others
+            share = compute_loss(classifier.model(batch), labels, weight * bool(positions), step_weight)
+            share.backward()
+            loss += share.detach()
+        sharding.reduce_gradients(self.trainable)
+        value = float(sum_over_ranks(loss))
+        norm = float(gather_full(torch.nn.utils.clip_grad_norm_(self.trainable, config.max_grad_norm or math.inf)))
+        if not math.isfinite(norm) or not math.isfinite(value):
+            raise NonFiniteError(self._describe_non_finite(step, value, norm, members))
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        self.optimizer.step()
+        self.scheduler.step()
+        return {
+            "step": step,
+            "epoch": step / self.plan.steps_per_epoch,
+            "loss": value,
+            "grad_norm": norm,
+            "learning_rate": learning_rate,
+            "pairs": len(members),
+            "tokens": sum(lengths),
+            "elapsed_seconds": time.monotonic() - self.started,
+        }
+
+    def _describe_non_finite(self, step: int, loss: float, norm: float, members: tuple[int, ...]) -> str:
+        places = ", ".join(self.material.training.places[i] for i in members[:3])
+        return (
+            f"step {step}: loss {loss} with gradient norm {norm} is not finite; no weight was changed. Lower "
+            f"--learning_rate, or look at the step's {len(members)} pairs, which start with: {places}"
+        )
+
+    def evaluate(self, step: int, say: Log) -> Metrics:
+        """Score the validation pairs; where the selecting metric is the best so far, save the weights."""
+        validation, name = self.material.validation, self.config.metric_for_best_model
+        assert validation is not None and validation.labels is not None and validation.flagged is not None
+        scores = score_pairs(
+            self.classifier, validation.prompts, validation.responses, max_tokens=self.plan.token_budget
+        )
+        categories = self.classifier.taxonomy.categories
+        metrics = compute_metrics(
+            validation.labels, validation.flagged, scores.probabilities, self.classifier.thresholds, categories
+        )
+        value = metrics[name]
+        better = value is not None and (self.best is None or value > self.best)
+        self.run_files.record(
+            {"step": step, "eval": metrics, "best": better, "elapsed_seconds": time.monotonic() - self.started}
+        )
+        shown = "  ".join(
+            f"{key} {metrics[key]:.4f}" if metrics.get(key) is not None else f"{key} undefined"
+            for key in dict.fromkeys((name, "flagged/f1", "flagged/auroc", "log_loss"))
+        )
+        say(f"step {step}  validation: {shown}{'  best so far, saved' if better else ''}")
+        if better:
+            self.best, self.best_metrics = value, metrics
+            self.save_weights(step)
+        return {f"eval/{key}": number for key, number in metrics.items()}
+
+    def save_weights(self, step: int) -> None:
+        """Write adapter or model with metadata and card."""
+        config, material, classifier = self.config, self.material, self.classifier
+        self.best_step = step
+        selection = "the last step"
+        if self.best_metrics is not None:
+            selection = f"best {config.metric_for_best_model} on validation data, at step {step}"
+        training = {
+            "training_data": _name_of_data(config.train_data_name_or_path),
+            "training_rows": material.training.annotations,
+            "training_pairs": len(material.training),
+            "training_fingerprint": self.fingerprint,
+            "selection": selection,
+            "steps": self.plan.total_steps,
+            "pairs_per_step": self.plan.pairs_per_step,
+            "learning_rate": config.resolved_learning_rate,
+            "seed": config.seed,
+            "warnings": material.warnings,
+        }
+        if material.validation is not None:
+            training["validation_pairs"] = len(material.validation)
+            training["validation_fingerprint"] = material.validation.fingerprint()
+        metadata = dataclasses.replace(classifier.metadata, training=training)
+        classifier.metadata = metadata
+
+        def write_more(directory: Path) -> None:
+            card = build_card(
+                metadata, classifier.thresholds, self.best_metrics, classifier.grown_embedding_rows, classifier.pad_id
+            )
+            write_text(directory / "README.md", card)
+            if self.best_metrics is not None:
+                write_json(directory / "validation_metrics.json", self.best_metrics)
+
+        classifier.save(self.output, metadata, write_more)
+
+
+def _name_of_data(spec: str) -> str:
+    """Return a data spec without the folders of local files."""
+    return " + ".join(Path(part).name if Path(part).is_file() else part for part in spec.split("+"))
+
+
+def _remaining(elapsed: float, done: int, left: int) -> str:
+    seconds = int(elapsed / done * left)
+    return f"{seconds // 3600}:{seconds % 3600 // 60:02d}:{seconds % 60:02d} left"

@@ -1,0 +1,72 @@
+"""A directory appears whole or not at all.
+
+In: a place, and a block that fills a directory beside it, on one rank or on all. Out: the directory in its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from qlora_moderation.distributed import is_main, on_main, raise_together
+from qlora_moderation.errors import CheckpointError
+
+
+@contextlib.contextmanager
+def replaced_whole(directory: Path) -> Iterator[Path]:
+    """Yield a fresh directory beside `directory` that takes its place when the block has ended without an error everywhere.
+
+    All ranks enter and leave together; any of them may write.
+
+    Raises:
+        CheckpointError: the directory cannot be written; what stood in its place still stands.
+    """
+    unfinished = _beside(directory, "unfinished")
+    on_main(lambda: _prepare(unfinished, directory))
+    try:
+        failure: Exception | None = None
+        try:
+            yield unfinished
+        except OSError as error:
+            failure = CheckpointError(f"{directory}: cannot be written ({error.strerror or error})")
+        except Exception as error:
+            failure = error
+        raise_together(failure)
+        on_main(lambda: _swap(unfinished, directory))
+    finally:
+        if is_main():
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def recover(directory: Path) -> None:
+    """Put back what a kill between the two renames of a replacement left beside its place."""
+    old = _beside(directory, "old")
+    if old.is_dir() and not directory.exists():
+        old.rename(directory)
+
+
+def _beside(directory: Path, state: str) -> Path:
+    return directory.with_name(f".{directory.name}.{state}")
+
+
+def _prepare(unfinished: Path, directory: Path) -> None:
+    try:
+        recover(directory)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be written ({error.strerror}); give another directory") from None
+
+
+def _swap(unfinished: Path, directory: Path) -> None:
+    old = _beside(directory, "old")
+    try:
+        shutil.rmtree(old, ignore_errors=True)
+        if directory.exists():
+            directory.rename(old)
+        unfinished.rename(directory)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be written ({error.strerror or error})") from None
