@@ -76,7 +76,7 @@ def micro_batches(
 
 def _cut_evenly(lengths: Sequence[int], max_tokens: int, count: int) -> list[list[int]]:
     """Cut texts sorted by length into `count` padded micro-batches whose largest is as small as can be."""
-    low, high = max(lengths), max_tokens
+    low, high = 1, max_tokens
     while low < high:
         middle = (low + high) // 2
         if len(_cut_padded(lengths, middle)) <= count:

@@ -52,12 +52,12 @@ def current_device(use_cpu: bool) -> torch.device:
 
 
 @contextlib.contextmanager
-def processes(use_cpu: bool, group: bool | None = None) -> Iterator[torch.device]:
+def processes(use_cpu: bool, alone: bool = False) -> Iterator[torch.device]:
     """Join the processes that torchrun started and yield this one's device.
 
     Args:
         use_cpu: stay on the CPU; the ranks then talk through gloo, else through NCCL.
-        group: make a group of one even without torchrun; None: only where torchrun started several.
+        alone: make a group even of one process, as fsdp needs it.
 
     Raises:
         ConfigError: more processes than GPUs.
@@ -74,7 +74,7 @@ def processes(use_cpu: bool, group: bool | None = None) -> Iterator[torch.device
         torch.cuda.set_device(local)
     device = current_device(use_cpu)
     several = launched_processes() > 1
-    if dist.is_initialized() or not (several if group is None else group or several):
+    if dist.is_initialized() or not (several or alone):
         yield device
         return
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"

@@ -44,7 +44,7 @@ def train(config: TrainConfig, log: Log = print) -> Path:
         ModerationError: bad configuration, data or files, or a loss that is not finite.
         Interrupted: SIGTERM or SIGINT stopped the run behind a checkpoint.
     """
-    with processes(config.use_cpu, group=config.sharding == "fsdp") as device:
+    with processes(config.use_cpu, alone=config.sharding == "fsdp") as device:
         return _train(config, device, log if is_main() else _silent)
 
 
