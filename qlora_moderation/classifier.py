@@ -190,6 +190,7 @@ def _build_network(
     config: TrainConfig, opened: _Opened, taxonomy: Taxonomy, device: torch.device, log: Callable[[str], None]
 ) -> tuple[Any, int | None, list[int]]:
     """Return the trainable network, the rows of a grown embedding, and the head's new rows; on the meta device: no weights."""
+    torch.manual_seed(config.seed)  # modules that the checkpoint does not hold are made up, as the adapters are
     # full training keeps fp32 master weights and computes in bfloat16 under autocast
     weights_dtype = torch.float32 if config.method == "full" else opened.compute_dtype
     loaded = bb.load_backbone(

@@ -60,7 +60,6 @@ def _train(config: TrainConfig, device: torch.device, log: Log) -> Path:
     if start.is_finished:
         log(f"{config.output_dir}: this run is finished already; nothing to do")
         return weights
-    torch.manual_seed(config.seed)
     if config.tf32 is not None and device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = config.tf32
     classifier = build_classifier(apply_bf16(config, device), taxonomy, device, log)

@@ -16,7 +16,7 @@ from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["qlora_moderation.train", "qlora_moderation.evaluate", "torch.distributed.checkpoint", "bitsandbytes", "ranks"]
+    ["qlora_moderation.train", "torch.distributed.checkpoint", "bitsandbytes", "rank_cases"]
 )
 
 
