@@ -57,9 +57,14 @@ def _prune(run: Path, keep: int | None, best_step: int) -> None:
         return
     for old in find_checkpoints(run)[:-keep]:
         if int(old.name[5:]) != best_step:
-            # a kill in the middle of a removal must not leave something that looks complete
-            (old / STATE_FILE).unlink(missing_ok=True)
-            shutil.rmtree(old)
+            # a kill in the middle of a removal must not leave half a checkpoint
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.removed")))
+
+
+def remove_leftovers(run: Path) -> None:
+    """Remove what kills have left of checkpoints that were being written or removed."""
+    for path in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(path)
 
 
 def find_checkpoints(run: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from qlora_moderation import backbone as bb
 from qlora_moderation.adapter import add_lora, load_adapter, replace_head, set_label_names
 from qlora_moderation.batching import Layout
 from qlora_moderation.config import TrainConfig
-from qlora_moderation.distributed import current_device, is_main, on_main, world_size
+from qlora_moderation.distributed import current_device, is_main, on_main, silent, world_size
 from qlora_moderation.errors import CheckpointError
 from qlora_moderation.export import write_weights
 from qlora_moderation.metadata import ModelMetadata, Quantization, load_metadata, read_json
@@ -134,7 +134,7 @@ def build_classifier(
     opened = on_main(lambda: _open_backbone(config, taxonomy, device))
     built: list[tuple[Any, int | None, list[int]]] = []
     if world_size() > 1:
-        built.append(_build_network(config, opened, taxonomy, torch.device("meta"), _silent))
+        built.append(_build_network(config, opened, taxonomy, torch.device("meta"), silent))
     else:
         built.append(_build_network(config, opened, taxonomy, device, log))
 
@@ -166,10 +166,6 @@ def build_classifier(
         new_head_rows=tuple(new_rows),
         sharding=sharding,
     )
-
-
-def _silent(_: str) -> None:
-    pass
 
 
 def _open_backbone(config: TrainConfig, taxonomy: Taxonomy, device: torch.device) -> _Opened:

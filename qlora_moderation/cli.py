@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qlora_moderation.config import BackboneConfig, EvaluateConfig, MergeConfig, QuickstartConfig, TrainConfig
-from qlora_moderation.errors import Interrupted, ModerationError, SaidByMainError
+from qlora_moderation.errors import ConfigError, Interrupted, ModerationError, SaidByMainError
 from qlora_moderation.options import build_parser, load_options
 
 
@@ -69,9 +69,14 @@ _JOBS: dict[str, tuple[type, Callable[[Any], None], str]] = {
 }
 
 
+_SEVERAL_PROCESSES = {"train", "evaluate"}
+
+
 def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run one of the jobs with the given flags and return the exit code."""
     config_class, job, description = _JOBS[name]
+    if name not in _SEVERAL_PROCESSES and os.environ.get("WORLD_SIZE", "1") != "1":
+        return _report(ConfigError(f"{name} runs in one process; start it without torchrun"))
     parser = build_parser(config_class, description, prog)
     try:
         config: Any = load_options(config_class, parser, sys.argv[1:] if argv is None else argv)

@@ -44,6 +44,10 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def silent(_: str) -> None:
+    """Take a log line and drop it."""
+
+
 def current_device(use_cpu: bool) -> torch.device:
     """Return this process's CUDA device where there is one and it is wanted, else the CPU."""
     if use_cpu or not torch.cuda.is_available():

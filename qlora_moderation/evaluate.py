@@ -16,6 +16,7 @@ from qlora_moderation.baselines import compute_constant_baselines, compute_text_
 from qlora_moderation.classifier import Classifier, load_classifier
 from qlora_moderation.config import EvaluateConfig
 from qlora_moderation.data import Pairs, load_pairs
+from qlora_moderation.distributed import is_main, on_main, processes, silent
 from qlora_moderation.errors import CheckpointError, DataError
 from qlora_moderation.metadata import write_json, write_text
 from qlora_moderation.metrics import compute_agreement, compute_metrics, majority
@@ -23,6 +24,7 @@ from qlora_moderation.plots import plot_flagged_proportion
 from qlora_moderation.report import build_report
 from qlora_moderation.scoring import Scores, score_pairs
 from qlora_moderation.staging import replaced_whole
+from qlora_moderation.taxonomy import Taxonomy
 
 OURS = "qlora_moderation"
 """Name of this project's verdicts beside other moderators'."""
@@ -33,42 +35,57 @@ _WRITTEN = {"predictions.jsonl", "metrics.json", "report.md", "flagged_proportio
 def evaluate(config: EvaluateConfig, log: Callable[[str], None] = print) -> dict[str, Any]:
     """Score the rows, write the files, return the content of `metrics.json`.
 
+    Started by torchrun, the processes share the scoring; rank 0 alone speaks and writes.
+
     Raises:
         ModerationError: model or rows cannot be used, or `output_dir` holds other things.
     """
+    with processes(config.use_cpu):
+        return _evaluate(config, log if is_main() else silent)
+
+
+def _evaluate(config: EvaluateConfig, log: Callable[[str], None]) -> dict[str, Any]:
     output = Path(config.output_dir)
-    if output.is_file():
-        raise CheckpointError(f"--output_dir {output}: is a file; give a directory")
-    if output.is_dir() and {path.name for path in output.iterdir()} - _WRITTEN:
-        raise CheckpointError(f"--output_dir {output}: holds other files than an evaluation's; give another directory")
+    on_main(lambda: _check_output(output))
     classifier = load_classifier(config.model_path, config.dtype, config.use_cpu, max_length=config.max_length)
-    taxonomy = classifier.taxonomy
-    pairs = load_pairs(config.eval_dataset, taxonomy, config.on_bad_row, log)
-    if OURS in pairs.verdicts:
-        raise DataError(
-            f"{config.eval_dataset}: names a moderator {OURS}, as this project's own verdicts are; rename it"
-        )
-    training = None
-    if config.train_data_name_or_path is not None:
-        training = load_pairs(config.train_data_name_or_path, taxonomy, config.on_bad_row, log, need_labels=True)
+    pairs, training = on_main(lambda: _load_rows(config, classifier.taxonomy, log))
     low, high = min(classifier.thresholds.per_category), max(classifier.thresholds.per_category)
     log(f"thresholds: {low:g}{f' to {high:g}' if high > low else ''} ({classifier.thresholds.origin})")
     log(f"scoring {len(pairs):,} distinct pairs of {pairs.annotations:,} rows")
     long_text = config.long_text or classifier.metadata.long_text
     scores = score_pairs(classifier, pairs.prompts, pairs.responses, long_text, config.max_tokens_per_micro_batch)
-    result = compute_evaluation(classifier, pairs, scores, training)
+    result = on_main(lambda: compute_evaluation(classifier, pairs, scores, training))
     result["data"]["name"] = Path(config.eval_dataset).name
     result["settings"]["long_text"] = long_text
     with replaced_whole(output) as unfinished:
-        _write_predictions(unfinished / "predictions.jsonl", classifier, pairs, scores)
-        write_json(unfinished / "metrics.json", result)
-        if "flagged_proportion" in result:
-            plot_flagged_proportion(result["flagged_proportion"], unfinished / "flagged_proportion.png")
-        write_text(unfinished / "report.md", build_report(result))
+        if is_main():
+            _write_predictions(unfinished / "predictions.jsonl", classifier, pairs, scores)
+            write_json(unfinished / "metrics.json", result)
+            if "flagged_proportion" in result:
+                plot_flagged_proportion(result["flagged_proportion"], unfinished / "flagged_proportion.png")
+            write_text(unfinished / "report.md", build_report(result))
     for line in _summarise(result):
         log(line)
     log(f"written: {output} (start with {output / 'report.md'})")
     return result
+
+
+def _check_output(output: Path) -> None:
+    if output.is_file():
+        raise CheckpointError(f"--output_dir {output}: is a file; give a directory")
+    if output.is_dir() and {path.name for path in output.iterdir()} - _WRITTEN:
+        raise CheckpointError(f"--output_dir {output}: holds other files than an evaluation's; give another directory")
+
+
+def _load_rows(config: EvaluateConfig, taxonomy: Taxonomy, log: Callable[[str], None]) -> tuple[Pairs, Pairs | None]:
+    pairs = load_pairs(config.eval_dataset, taxonomy, config.on_bad_row, log)
+    if OURS in pairs.verdicts:
+        raise DataError(
+            f"{config.eval_dataset}: names a moderator {OURS}, as this project's own verdicts are; rename it"
+        )
+    if config.train_data_name_or_path is None:
+        return pairs, None
+    return pairs, load_pairs(config.train_data_name_or_path, taxonomy, config.on_bad_row, log, need_labels=True)
 
 
 def compute_evaluation(classifier: Classifier, pairs: Pairs, scores: Scores, training: Pairs | None) -> dict[str, Any]:

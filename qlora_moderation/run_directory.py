@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from qlora_moderation.checkpoint import STATE_FILE, find_checkpoints, find_damage
+from qlora_moderation.checkpoint import STATE_FILE, find_checkpoints, find_damage, remove_leftovers
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.distributed import is_main
 from qlora_moderation.errors import CheckpointError
@@ -190,6 +190,7 @@ class RunDirectory:
                     own = self.path / name
                     shutil.rmtree(own) if own.is_dir() else own.unlink(missing_ok=True)
             self.path.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.path)
             write_text(self.path / "config.yaml", dump_options(config))
             write_json(self.path / "environment.json", describe_environment() | processes)
             self.set_status("starting")

@@ -12,7 +12,7 @@ import torch
 from qlora_moderation.classifier import build_classifier
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.data import write_pairs
-from qlora_moderation.distributed import is_main, on_main, processes, world_size
+from qlora_moderation.distributed import is_main, on_main, processes, silent, world_size
 from qlora_moderation.errors import ConfigError, Interrupted
 from qlora_moderation.loop import Loop, name_weights
 from qlora_moderation.metrics import selecting_metrics
@@ -45,11 +45,7 @@ def train(config: TrainConfig, log: Log = print) -> Path:
         Interrupted: SIGTERM or SIGINT stopped the run behind a checkpoint.
     """
     with processes(config.use_cpu, alone=config.sharding == "fsdp") as device:
-        return _train(config, device, log if is_main() else _silent)
-
-
-def _silent(_: str) -> None:
-    pass
+        return _train(config, device, log if is_main() else silent)
 
 
 def _train(config: TrainConfig, device: torch.device, log: Log) -> Path:

@@ -7,8 +7,10 @@ Everything runs on the CPU through gloo, each process with one thread. Rows defa
 """
 
 import contextlib
+import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -153,15 +155,14 @@ def bytes_in_group(options):
 
 
 def learn(options):
-    """Train and return pairs a second over all steps but the first."""
+    """Train and return the seconds of each step but the first."""
     from qlora_moderation.config import TrainConfig
     from qlora_moderation.train import train
 
     train(TrainConfig(**options), lambda line: None)
     lines = (Path(options["output_dir"]) / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    seconds = records[-1]["elapsed_seconds"] - records[0]["elapsed_seconds"]
-    return sum(record["pairs"] for record in records[1:]) / seconds
+    elapsed = [json.loads(line)["elapsed_seconds"] for line in lines]
+    return [after - before for before, after in itertools.pairwise(elapsed)]
 
 
 def launch(processes, job, options):
@@ -203,23 +204,25 @@ def show_wire(root, rows, texts):
             print(f"| {method} | {kind} | {shown} | {ratio} | {eight / 2**20:.2f} MiB |", flush=True)
 
 
-def show_speed(root, rows, texts, steps=5, repeats=2):
-    """Print pairs a second of 1 process and of 2, each process with one thread, in turns."""
+def show_speed(root, rows, texts, pairs=128, steps=6, repeats=2):
+    """Print pairs a second of 1 process and of 2, each process with one thread, in turns; medians over the steps."""
     backbone = build(root / "speed", texts, hidden_size=512, num_layers=4, vocab_size=4000)
-    print("\npairs a second, 64 pairs a step, LLaMA of 4 layers and width 512, fp32, one thread a process; in turns")
+    print(
+        f"\npairs a second, {pairs} pairs a step, LLaMA of 4 layers and width 512, fp32, one thread a process; in turns"
+    )
     print("| method | 1 process | 2, ddp | gain | 2, fsdp | gain |\n|---|---|---|---|---|---|")
     for method in ("lora", "qlora", "full"):
-        best = {}
+        seconds: dict[str, list[float]] = {"none": [], "ddp": [], "fsdp": []}
         for repeat in range(repeats):
-            for processes, kind in ((1, "none"), (2, "ddp"), (2, "fsdp")):
+            for kind in seconds:
+                processes = 1 if kind == "none" else 2
                 options = COMMON | {"model_name_or_path": backbone, "train_data_name_or_path": rows, "method": method}
                 options |= {"output_dir": str(root / f"speed-{method}-{kind}-{repeat}"), "max_steps": steps}
-                options |= {"sharding": kind, "per_device_train_batch_size": 64 // processes}
-                speed = launch(processes, "train", options)
-                best[kind] = max(best.get(kind, 0.0), speed)
-        alone = best["none"]
-        shown = " | ".join(f"{best[kind]:.1f} | {best[kind] / alone:.2f}" for kind in ("ddp", "fsdp"))
-        print(f"| {method} | {alone:.1f} | {shown} |", flush=True)
+                options |= {"sharding": kind, "per_device_train_batch_size": pairs // processes}
+                seconds[kind] += launch(processes, "train", options)
+        speed = {kind: pairs / statistics.median(times) for kind, times in seconds.items()}
+        shown = " | ".join(f"{speed[kind]:.1f} | {speed[kind] / speed['none']:.2f}" for kind in ("ddp", "fsdp"))
+        print(f"| {method} | {speed['none']:.1f} | {shown} |", flush=True)
 
 
 def show_memory(root, rows, texts):

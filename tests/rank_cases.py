@@ -101,6 +101,14 @@ def score(options: dict[str, Any], prompts: list[str], responses: list[str], bud
     return [every, few, sum(forwards)]
 
 
+def judge(options: dict[str, Any]) -> dict[str, Any]:
+    """Evaluate and return the metrics."""
+    from qlora_moderation.config import EvaluateConfig
+    from qlora_moderation.evaluate import evaluate
+
+    return evaluate(EvaluateConfig(**options), silent)["metrics"]
+
+
 def describe_precision(options: dict[str, Any]) -> dict[str, Any]:
     """Return the types that a sharded model computes, keeps and reduces in."""
     from qlora_moderation.adapter import find_head

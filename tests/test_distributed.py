@@ -2,79 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import json
 import signal
 from pathlib import Path
 
+import grid
+import kills
 import numpy as np
 import pytest
 import rank_cases
 import torch
 from conftest import make_config
+from grid import losses, options
 from rank_cases import bench_sharding
 from ranks import run_ranks
 from safetensors.torch import load_file
 
 from qlora_moderation.checkpoint import find_checkpoints
 from qlora_moderation.classifier import load_classifier
+from qlora_moderation.config import EvaluateConfig
+from qlora_moderation.evaluate import evaluate
 from qlora_moderation.scoring import score_pairs
 from qlora_moderation.train import train
 
-GLOBAL_BATCH = 16
-PLACES = ((2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp"))
-BUDGETS = (128, 512, 4096)
 
-
-def options(backbone: Path, data: Path, output: Path, processes: int, **more) -> dict:
-    """The settings of `make_config` with the same pairs a step for any number of processes."""
-    settings = {"per_device_train_batch_size": GLOBAL_BATCH // processes, "max_steps": 10} | more
-    return dataclasses.asdict(make_config(backbone, data, output, **settings))
-
-
-def losses(run: Path) -> list[float]:
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [record["loss"] for record in records if "loss" in record]
-
-
-def without_times(run: Path) -> list[dict]:
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key != "elapsed_seconds"} for record in records]
-
-
-def assert_same_tensors(one: Path, other: Path) -> None:
-    first, second = load_file(one), load_file(other)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+@pytest.mark.parametrize("method", grid.METHODS)
 def test_law_1_processes_sharding_budget_and_recomputation_change_no_step(method, llama, rows, rows_file, tmp_path):
-    """Twelve cells that cover every pair of (processes and sharding, token budget, recomputation)."""
-    more = {"method": method, "learning_rate": 1e-3}
-    weights = train(make_config(llama, rows_file, tmp_path / "one", max_steps=10, **more), lambda line: None)
-    cells = [
-        (place, budget, bool((i + j) % 2))
-        for (i, place), (j, budget) in itertools.product(enumerate(PLACES), enumerate(BUDGETS))
-    ]
-    runs = {}
-    for count in (2, 4):
-        cases = []
-        for (processes, kind), budget, recompute in cells:
-            if processes == count:
-                run = tmp_path / f"{processes}-{kind}-{budget}"
-                how = {"sharding": kind, "max_tokens_per_micro_batch": budget, "gradient_checkpointing": recompute}
-                cases.append(("learn", {"options": options(llama, rows_file, run, processes, **more, **how)}))
-                runs[run.name] = run
-        run_ranks(count, rank_cases.run_all, cases)
     texts = [row["prompt"] for row in rows[:64]], [row["response"] for row in rows[:64]]
-    expected, logits = losses(tmp_path / "one"), score_pairs(load_classifier(weights), *texts).logits
-    assert len(runs) == 12
-    for name, run in runs.items():
-        assert losses(run) == pytest.approx(expected, rel=1e-5), name
-        own = score_pairs(load_classifier(run / weights.name), *texts).logits
-        np.testing.assert_allclose(own, logits, atol=1e-4, err_msg=name)
+    differences, skipped = grid.measure(method, grid.COVERING, llama, rows_file, texts, tmp_path, steps=10)
+    assert len(differences) == 13 and not skipped
+    assert max(loss for loss, _ in differences.values()) <= 1e-5, differences
+    assert max(logit for _, logit in differences.values()) <= 1e-4, differences
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
@@ -131,6 +89,17 @@ def test_scoring_is_shared_and_keeps_the_order(llama, build, rows, rows_file, tm
         texts = [count for _, _, count in results]
         assert sum(texts) == 40 if kind == "ddp" else sum(texts) <= 42, "each text once, and at most a filler a rank"
         assert max(texts) - min(texts) <= 8
+
+
+def test_evaluation_is_shared(runs, rows_file, tmp_path):
+    settings = {"model_path": str(runs["lora"].weights), "eval_dataset": str(rows_file), "use_cpu": True}
+    alone = evaluate(EvaluateConfig(output_dir=str(tmp_path / "one"), **settings), lambda line: None)
+    case = ("judge", {"options": settings | {"output_dir": str(tmp_path / "two")}})
+    results = run_ranks(2, rank_cases.run_all, [case])
+    for (metrics,) in results:
+        assert metrics == pytest.approx(alone["metrics"], abs=1e-6)
+    lines = [(tmp_path / name / "predictions.jsonl").read_text().splitlines() for name in ("one", "two")]
+    assert [json.loads(line)["prompt"] for line in lines[0]] == [json.loads(line)["prompt"] for line in lines[1]]
 
 
 def test_every_rank_gets_the_weights_of_rank_0_and_no_more_than_its_share(llama, rows_file, tmp_path):
@@ -218,8 +187,7 @@ def test_a_signal_to_any_rank_stops_all_behind_a_checkpoint(number, code, llama,
     assert [result[1] for result in results] == [(code, "interrupted, resumable")] * 2
     assert [path.name for path in find_checkpoints(tmp_path / "stopped")] == ["step-000004"]
     run_ranks(2, rank_cases.learn, stopped)
-    assert_same_tensors(*(tmp_path / run / "adapter/adapter_model.safetensors" for run in ("unbroken", "stopped")))
-    assert without_times(tmp_path / "unbroken") == without_times(tmp_path / "stopped")
+    kills.compare(tmp_path / "unbroken", tmp_path / "stopped")
 
 
 def test_a_full_disk_on_one_rank_leaves_the_earlier_checkpoint(llama, rows_file, tmp_path):
@@ -250,3 +218,17 @@ def test_the_wire_carries_what_theory_asks_for(count, llama, rows_file, tmp_path
         for sent in run_ranks(count, rank_cases.run_all, [("count_bytes", {"options": run}) for run in runs]):
             for collectives, least in zip(sent, expected, strict=True):
                 assert least <= sum(collectives.values()) <= 1.05 * least, (method, collectives, least)
+
+
+@pytest.mark.parametrize(("processes", "method"), [(1, "lora"), (2, "qlora")])
+def test_law_6_a_run_killed_at_any_instant_ends_like_one_that_was_not(processes, method, llama, rows_file, tmp_path):
+    """Five kills each, at random instants and in the middle of writing; scripts/stress.sh does hundreds."""
+    more = {"method": method, "max_steps": 12, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+    more |= {"eval_strategy": "steps", "eval_steps": 3, "lora_dropout": 0.1, "max_tokens_per_micro_batch": 256}
+    more |= {"sharding": "fsdp" if processes > 1 else "none"}
+
+    def settings(run: Path) -> dict:
+        return options(llama, rows_file, run, processes, **more)
+
+    tally = kills.campaign(settings, processes, kills=5, folder=tmp_path, seed=0)
+    assert tally.kills == 5 and tally.runs >= 1

@@ -1,0 +1,159 @@
+#!/usr/bin/env python
+"""The long campaigns: the whole grid of law 1, hundreds of kills of law 6. Prints what it had no time for.
+
+./scripts/stress.sh [--minutes M] [grid] [kills]
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("PYTHONWARNINGS", "ignore")
+
+STEPS = 30
+CAMPAIGNS = (("lora", 1, 60), ("qlora", 2, 60), ("lora", 2, 40), ("full", 2, 40))
+"""Method, processes, kills."""
+
+
+def run_grid(backbone, rows, texts, folder, until):
+    """Run every cell with every method and print the largest differences."""
+    import grid
+
+    skipped, failed = [], False
+    print(f"\nlaw 1: {STEPS} steps, against {grid.REFERENCE.name}; largest differences over the cells")
+    print("| method | cells | loss, relative (allowed 1e-5) | logits of 64 texts (allowed 1e-4) |\n|---|---|---|---|")
+    for method in grid.METHODS:
+        if time.monotonic() >= until:
+            skipped += [f"grid {method}: all {len(grid.FULL_GRID)} cells"]
+            continue
+        place = folder / f"grid-{method}"
+        found, left = grid.measure(method, grid.FULL_GRID, backbone, rows, texts, place, STEPS, until)
+        loss, logit = (max(values) for values in zip(*found.values(), strict=True))
+        print(f"| {method} | {len(found)} | {loss:.1e} | {logit:.1e} |", flush=True)
+        failed |= loss > 1e-5 or logit > 1e-4
+        skipped += [f"grid {method}: {name}" for name in left]
+    return skipped, failed
+
+
+def run_kills(backbone, rows, texts, folder, until):
+    """Kill runs, compare their ends with unbroken ones, and print the tally."""
+    import grid
+    import kills
+
+    skipped = []
+    print(
+        "\nlaw 6: SIGKILL to all processes; every end bit-identical with an unbroken run's, every checkpoint readable"
+    )
+    print("| method | processes | kills | of them while writing | runs finished |\n|---|---|---|---|---|")
+    for seed, (method, processes, number) in enumerate(CAMPAIGNS):
+        if time.monotonic() >= until:
+            skipped.append(f"kills {method} on {processes}: all {number}")
+            continue
+        more = {"method": method, "max_steps": 16, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+        more |= {"eval_strategy": "steps", "eval_steps": 3, "max_tokens_per_micro_batch": 256}
+        more |= {"sharding": ("none", "fsdp")[processes - 1], "lora_dropout": 0.0 if method == "full" else 0.1}
+        place = folder / f"kills-{seed}"
+
+        def settings(run, processes=processes, more=more):
+            return grid.options(backbone, rows, run, processes, **more)
+
+        tally = kills.campaign(settings, processes, number, place, seed, until)
+        print(f"| {method} | {processes} | {tally.kills} | {tally.while_writing} | {tally.runs} |", flush=True)
+        if tally.kills < number:
+            skipped.append(f"kills {method} on {processes}: {number - tally.kills} of {number}")
+    return skipped, False
+
+
+RATES = {"lora": 3e-3, "qlora": 3e-3, "full": 1e-3}
+BAR = 0.10  # of F1, over a model that reads the answer alone
+
+
+def run_bar(backbone, rows, texts, folder, until):
+    """Train the quick start's task in two processes with every method and sharding; each must clear the quick start's bar."""
+    import dataclasses
+
+    import rank_cases
+    from ranks import run_ranks
+
+    from qlora_moderation.config import EvaluateConfig, TrainConfig
+    from qlora_moderation.embedded import build_embedded_backbone, render_texts
+    from qlora_moderation.evaluate import evaluate
+    from qlora_moderation.options import build_parser, load_options
+    from qlora_moderation.sample import build_sample, write_sample
+
+    skipped, failed = [], False
+    data = write_sample(folder / "data", seed=0)
+    training = render_texts(build_sample(0)["train"])
+    trained = build_embedded_backbone(folder / "embedded", training, seed=0, log=lambda line: None)
+    print("\nthe quick start's task in two processes: flagged F1 on held-out combinations (answer only: TF-IDF)")
+    print("| method | learning rate | sharding | the pair | answer only | lead |\n|---|---|---|---|---|---|")
+    for method, rate in RATES.items():
+        for kind in ("ddp", "fsdp"):
+            if time.monotonic() >= until:
+                skipped.append(f"bar {method} {kind}")
+                continue
+            run = folder / f"bar-{method}-{kind}"
+            flags = ["--config", str(ROOT / "configs" / "quickstart.yaml"), "--method", method, "--sharding", kind]
+            flags += ["--model_name_or_path", str(trained), "--train_data_name_or_path", str(data["train"])]
+            flags += ["--learning_rate", str(rate), "--per_device_train_batch_size", "16", "--output_dir", str(run)]
+            config = load_options(TrainConfig, build_parser(TrainConfig, ""), flags)
+            run_ranks(2, rank_cases.learn, dataclasses.asdict(config), timeout=900.0)
+            judged = EvaluateConfig(
+                model_path=str(run / ("model" if method == "full" else "adapter")),
+                eval_dataset=str(data["combinations"]),
+                output_dir=str(run / "evaluation"),
+                train_data_name_or_path=str(data["train"]),
+            )
+            result = evaluate(judged, lambda line: None)
+            own, rival = result["metrics"]["flagged/f1"], result["baselines"]["tfidf_answer"]["f1"]
+            print(f"| {method} | {rate:g} | {kind} | {own:.3f} | {rival:.3f} | {own - rival:+.3f} |", flush=True)
+            failed |= own - rival < BAR
+    return skipped, failed
+
+
+def main():
+    """Run the campaigns named, all without names, for so many minutes."""
+    campaigns = {"grid": run_grid, "kills": run_kills, "bar": run_bar}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=60.0, help="time for all campaigns together (default: 60)")
+    parser.add_argument("names", nargs="*", metavar="CAMPAIGN", help=f"of {', '.join(campaigns)}; default: all")
+    arguments = parser.parse_args()
+    unknown = [name for name in arguments.names if name not in campaigns]
+    if unknown:
+        parser.error(f"{unknown[0]}: there are {', '.join(campaigns)}")
+    from conftest import silent
+
+    from qlora_moderation.embedded import build_llama_shape, render_texts
+    from qlora_moderation.sample import build_sample
+
+    started, skipped, failed = time.monotonic(), [], False
+    names = arguments.names or list(campaigns)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        rows = build_sample(seed=0)["train"][:300]
+        data = folder / "rows.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        backbone = build_llama_shape(
+            folder / "llama", render_texts(rows), hidden_size=64, num_layers=2, vocab_size=600, steps=0, log=silent
+        )
+        texts = [row["prompt"] for row in rows[:64]], [row["response"] for row in rows[:64]]
+        for index, name in enumerate(names):
+            # each campaign may use its share of what is left
+            left = started + 60 * arguments.minutes - time.monotonic()
+            until = time.monotonic() + left / (len(names) - index)
+            left_out, fails = campaigns[name](backbone, data, texts, folder, until)
+            skipped, failed = skipped + left_out, failed or fails
+    print(f"\nno time for: {'; '.join(skipped) or 'nothing, all was run'}")
+    print(f"stress: {'FAILED' if failed else 'passed'} after {(time.monotonic() - started) / 60:.1f} minutes")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
