@@ -90,6 +90,9 @@ def _serve(
     }
     import torch
 
+    from qlora_moderation.cli import _silence_libraries
+
+    _silence_libraries()
     torch.set_num_threads(1)
     try:
         connection.send((True, function(*arguments)))
