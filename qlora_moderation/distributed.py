@@ -208,8 +208,9 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return part.to_local() if isinstance(part, DTensor) else part
 
 
-def like_shard(full: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """Return `full`, which all ranks hold, laid out as `tensor` is: sharded or whole."""
-    if not isinstance(tensor, DTensor):
-        return full
-    return distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
+def add_whole(tensor: torch.Tensor, whole: torch.Tensor) -> None:
+    """Add `whole`, which all ranks hold, to a tensor that may be sharded; each rank adds its part, without a message."""
+    if isinstance(tensor, DTensor):
+        whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    own = local_part(tensor)
+    own.add_(local_part(whole).to(own.device))

@@ -19,7 +19,7 @@ import torch
 from qlora_moderation.adapter import find_head
 from qlora_moderation.classifier import Classifier
 from qlora_moderation.data import Pairs
-from qlora_moderation.distributed import like_shard, sum_over_ranks
+from qlora_moderation.distributed import add_whole, sum_over_ranks
 from qlora_moderation.scoring import score_windows
 from qlora_moderation.tokenization import Window
 
@@ -52,7 +52,7 @@ def set_head_prior(classifier: Classifier, pairs: Pairs, ids: Sequence[np.ndarra
     offsets[rows] = torch.tensor(compute_log_odds(pairs)[rows], dtype=offsets.dtype, device=offsets.device)
     with torch.no_grad():
         if head.bias is not None:
-            head.bias.add_(like_shard(offsets, head.bias))  # the bias of a new row is zero
+            add_whole(head.bias, offsets)  # the bias of a new row is zero
             return
         seen: list[torch.Tensor] = []
         hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().float()))
@@ -70,4 +70,4 @@ def set_head_prior(classifier: Classifier, pairs: Pairs, ids: Sequence[np.ndarra
         for hidden in seen:
             total += hidden.sum(dim=0)
         mean = sum_over_ranks(total) / len(texts)
-        head.weight.add_(like_shard(offsets[:, None] * mean / mean.dot(mean), head.weight))
+        add_whole(head.weight, offsets[:, None] * mean / mean.dot(mean))

@@ -109,10 +109,12 @@ def find_layers(model: ModerationModel, class_name: str | None = None) -> list[n
     """Return the decoder or encoder layers, or the modules of the named class.
 
     Raises:
-        ConfigError: no module is of that class.
+        ConfigError: no module is of that class, or there are no layers.
     """
     classifier = model.classifier
-    lists = (module for module in classifier.modules() if isinstance(module, nn.ModuleList) and len(module))
+    lists = [module for module in classifier.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    if not lists:
+        raise ConfigError(f"{type(classifier).__name__}: has no list of layers to shard; use --sharding ddp")
     largest: nn.ModuleList = max(lists, key=lambda found: sum(p.numel() for p in found.parameters()))
     layers = list(largest)
     if class_name is None:

@@ -238,10 +238,15 @@ def show_memory(root, rows, texts):
         for processes, kind in ((1, "none"), (2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")):
             options = COMMON | {"model_name_or_path": backbone, "train_data_name_or_path": rows, "method": method}
             ranks = launch(processes, "load", options | {"output_dir": str(root / "none"), "sharding": kind})
-            peaks = [rank["all"] / 2**30 for rank in ranks] if isinstance(ranks, list) else [ranks["all"] / 2**30]
-            others = f"{max(peaks[1:]):.2f}" if processes > 1 else ""
+
+            def show(some, ranks=ranks, combine=max):
+                every, anonymous = (combine(ranks[i][key] for i in some) / 2**30 for key in ("all", "anonymous"))
+                return f"{every:.2f} ({anonymous:.2f})"
+
+            others = show(range(1, processes)) if processes > 1 else ""
+            every = show(range(processes), combine=sum)
             kept, seconds = max(rank["kept"] for rank in ranks) / 2**30, max(rank["seconds"] for rank in ranks)
-            shown = f"{peaks[0]:.2f} | {others} | {kept:.2f} | {sum(peaks):.2f} | {seconds:.0f}"
+            shown = f"{show([0])} | {others} | {every} | {kept:.2f} | {seconds:.0f}"
             print(f"| {method} | {processes} | {kind} | {shown} |", flush=True)
 
 

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import rank_cases
@@ -55,8 +56,32 @@ def options(backbone: Path, data: Path, output: Path, processes: int, **more) ->
 
 def losses(run: Path) -> list[float]:
     """Return the losses of a run, step by step."""
+    return _column(run, "loss")
+
+
+def norms(run: Path) -> list[float]:
+    """Return the gradient norms of a run, step by step: AdamW hides a gradient that is too large by a factor, they do not."""
+    return _column(run, "grad_norm")
+
+
+def _column(run: Path, key: str) -> list[float]:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [record["loss"] for record in records if "loss" in record]
+    return [record[key] for record in records if key in record]
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How far a cell is from the reference: relative for a step's loss and gradient norm, absolute for a logit."""
+
+    loss: float
+    norm: float
+    logit: float
+
+    ALLOWED: ClassVar[dict[str, float]] = {"loss": 1e-5, "norm": 1e-4, "logit": 1e-4}
+
+    @property
+    def fails(self) -> bool:
+        return any(not getattr(self, name) <= limit for name, limit in self.ALLOWED.items())
 
 
 def measure(
@@ -68,12 +93,12 @@ def measure(
     folder: Path,
     steps: int,
     until: float = 1e18,
-) -> tuple[dict[str, tuple[float, float]], list[str]]:
+) -> tuple[dict[str, Difference], list[str]]:
     """Train every cell and compare it with `REFERENCE`.
 
     Returns:
-        By cell: the largest relative difference of a step's loss, and the largest difference of a logit of `texts` after the
-        last step. Then the cells that `until` (a `time.monotonic()`) left no time for.
+        The largest differences of each cell, logits being those of `texts` after the last step. Then the cells that `until` (a
+        `time.monotonic()`) left no time for.
     """
     waiting = [REFERENCE, *(cell for cell in cells if cell != REFERENCE)]
     done: list[Cell] = []
@@ -90,14 +115,15 @@ def measure(
             done += share
     weights = "model" if method == "full" else "adapter"
 
-    def read(cell: Cell) -> tuple[np.ndarray, np.ndarray]:
-        classifier = load_classifier(folder / cell.name / weights)
-        return np.array(losses(folder / cell.name)), score_pairs(classifier, *texts).logits
+    def read(cell: Cell) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        run = folder / cell.name
+        logits = score_pairs(load_classifier(run / weights), *texts).logits
+        return np.array(losses(run)), np.array(norms(run)), logits
 
-    expected_losses, expected_logits = read(REFERENCE)
+    loss, norm, logits = read(REFERENCE)
     differences = {}
     for cell in done:
-        own_losses, own_logits = read(cell)
-        relative = np.abs(own_losses - expected_losses) / expected_losses
-        differences[cell.name] = float(relative.max()), float(np.abs(own_logits - expected_logits).max())
+        own = read(cell)
+        relative = [float((np.abs(a - b) / b).max()) for a, b in zip(own[:2], (loss, norm), strict=True)]
+        differences[cell.name] = Difference(*relative, float(np.abs(own[2] - logits).max()))
     return differences, [cell.name for cell in waiting if cell not in done]

@@ -433,3 +433,36 @@ def test_a_fault_is_reported_without_torch_and_without_a_traceback(job, flags, w
     assert done.returncode == 2, done.stderr
     assert words in done.stderr and "Traceback" not in done.stderr and not done.stdout
     assert all(line.startswith("error: ") for line in done.stderr.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind", "offloads"),
+    [
+        ("", "auto", False),
+        ("--sharding ddp", "ddp", False),
+        ("--fsdp 'full_shard auto_wrap'", "fsdp", False),
+        ("--fsdp 'full_shard auto_wrap offload'", "fsdp", True),
+        ("--sharding fsdp --fsdp_cpu_offload", "fsdp", True),
+        ("--sharding fsdp --fsdp shard_grad_op", "fsdp", False),
+    ],
+)
+def test_the_original_words_for_sharding(flags, kind, offloads):
+    config = load(*shlex.split(flags))
+    assert (config.resolved_sharding, config.offloads) == (kind, offloads)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--fsdp full_shar", "--fsdp full_shar: full_shar is unknown (did you mean full_shard?)"),
+        ("--fsdp zzz", "--fsdp zzz: zzz is unknown; allowed: full_shard, shard_grad_op, auto_wrap, offload"),
+        ("--fsdp 'full_shard shard_grad_op'", "exclude each other"),
+        ("--fsdp full_shard --sharding ddp", "--sharding ddp contradicts --fsdp full_shard"),
+        ("--fsdp_cpu_offload", "--fsdp_cpu_offload needs --sharding fsdp"),
+        ("--sharding fdsp", "did you mean fsdp?"),
+    ],
+)
+def test_wrong_words_for_sharding(flags, words):
+    with pytest.raises(ConfigError) as error:
+        load(*shlex.split(flags))
+    assert words in str(error.value)

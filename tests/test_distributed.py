@@ -13,7 +13,7 @@ import pytest
 import rank_cases
 import torch
 from conftest import make_config
-from grid import losses, options
+from grid import losses, norms, options
 from rank_cases import bench_sharding
 from ranks import run_ranks
 from safetensors.torch import load_file
@@ -31,8 +31,30 @@ def test_law_1_processes_sharding_budget_and_recomputation_change_no_step(method
     texts = [row["prompt"] for row in rows[:64]], [row["response"] for row in rows[:64]]
     differences, skipped = grid.measure(method, grid.COVERING, llama, rows_file, texts, tmp_path, steps=10)
     assert len(differences) == 13 and not skipped
-    assert max(loss for loss, _ in differences.values()) <= 1e-5, differences
-    assert max(logit for _, logit in differences.values()) <= 1e-4, differences
+    assert not {name: each for name, each in differences.items() if each.fails}
+
+
+def test_law_1_holds_where_a_step_has_fewer_texts_than_there_are_ranks(llama, rows, tmp_path):
+    """Steps of 3 distinct pairs, and a last one of a single pair: most of four ranks have only fillers."""
+    few = list({(row["prompt"], row["response"]): row for row in rows}.values())[:4]
+    data = tmp_path / "few.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in few))
+    more = {"max_steps": 4, "max_grad_norm": 0.0}
+    train(make_config(llama, data, tmp_path / "one", per_device_train_batch_size=3, **more), lambda line: None)
+    cases = [
+        (
+            "learn",
+            {
+                "options": options(llama, data, tmp_path / kind, 3, sharding=kind, **more)
+                | {"per_device_train_batch_size": 1}
+            },
+        )
+        for kind in ("ddp", "fsdp")
+    ]
+    run_ranks(3, rank_cases.run_all, cases)
+    for kind in ("ddp", "fsdp"):
+        assert losses(tmp_path / kind) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+        assert norms(tmp_path / kind) == pytest.approx(norms(tmp_path / "one"), rel=1e-4)
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
@@ -232,3 +254,18 @@ def test_law_6_a_run_killed_at_any_instant_ends_like_one_that_was_not(processes,
 
     tally = kills.campaign(settings, processes, kills=5, folder=tmp_path, seed=0)
     assert tally.kills == 5 and tally.runs >= 1
+
+
+def test_gradients_wait_for_the_last_micro_batch_of_a_step(llama, rows_file, tmp_path):
+    """Many micro-batches a step: each gathers its weights, but gradients travel once."""
+    part = 1 / 2
+    more = {"max_steps": 2, "max_tokens_per_micro_batch": 128, "gradient_accumulation_steps": 2}
+    alone = rank_cases.open_classifier(options(llama, rows_file, tmp_path, 1)).model
+    trained = sum(4 * p.numel() for p in alone.parameters() if p.requires_grad)
+    runs = [options(llama, rows_file, tmp_path / kind, 2, sharding=kind, **more) for kind in ("ddp", "fsdp")]
+    for ddp, fsdp in run_ranks(2, rank_cases.run_all, [("count_bytes", {"options": run}) for run in runs]):
+        assert sum(ddp.values()) <= 1.05 * 2 * part * trained
+        reduced = sum(number for name, number in fsdp.items() if name.startswith("reduce_scatter"))
+        gathered = sum(number for name, number in fsdp.items() if name.startswith("all_gather"))
+        assert part * trained <= reduced <= 1.05 * part * trained
+        assert gathered > 4 * bench_sharding.theory(options(llama, rows_file, tmp_path, 1), 2)[1] - reduced
