@@ -14,15 +14,21 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from qlora_moderation.distributed import on_main, patient_group, world_size
+from qlora_moderation.distributed import is_lost_contact, local_part, on_main, patient_group, world_size
 from qlora_moderation.errors import CheckpointError
 from qlora_moderation.metadata import read_json, write_json
 from qlora_moderation.staging import replaced_whole
 
 STATE_FILE = "state.json"
+_FACTS = {
+    "step": int, "optimizer": dict, "scheduler": dict, "best": dict, "identity": dict, "world_size": int, "threads": int,
+    "files": dict,
+}  # fmt: skip
+"""What `state.json` must hold, and of which kind."""
 
 
 def save_checkpoint(
@@ -41,6 +47,7 @@ def save_checkpoint(
                 warnings.simplefilter("ignore", UserWarning)  # that there is no process group
                 dcp.save(tensors, storage_writer=writer, process_group=patient_group(), no_dist=world_size() == 1)
         except (Exception, CheckpointException) as error:
+            _pass_on(error)
             raise CheckpointError(f"{directory}: cannot be written ({_find_reason(error)})") from None
         on_main(lambda: _write_facts(unfinished, facts))
     on_main(lambda: _prune(run, keep, best_step))
@@ -61,8 +68,11 @@ def _prune(run: Path, keep: int | None, best_step: int) -> None:
             shutil.rmtree(old.rename(old.with_name(f".{old.name}.removed")))
 
 
-def remove_leftovers(run: Path) -> None:
-    """Remove what kills have left of checkpoints that were being written or removed."""
+def remove_leftovers(run: Path, after: int) -> None:
+    """Remove what kills have left of checkpoints, and those behind the step that a run goes on from."""
+    for path in (run / "checkpoints").glob("step-*"):
+        if re.fullmatch(r"step-\d+", path.name) and int(path.name[5:]) > after:
+            path.rename(path.with_name(f".{path.name}.removed"))
     for path in (run / "checkpoints").glob(".step-*"):
         shutil.rmtree(path)
 
@@ -77,15 +87,22 @@ def find_checkpoints(run: Path) -> list[Path]:
 def find_damage(directory: Path) -> str | None:
     """Say what is wrong with a checkpoint's files, None where they are as they were written."""
     try:
-        sizes = read_json(directory / STATE_FILE)["files"]
-    except (CheckpointError, KeyError, TypeError):
+        facts = read_json(directory / STATE_FILE)
+    except CheckpointError:
+        facts = None
+    if not isinstance(facts, dict) or not all(isinstance(facts.get(key), kind) for key, kind in _FACTS.items()):
         return f"{STATE_FILE} is missing or damaged"
-    for name, size in sizes.items():
+    for name, size in facts["files"].items():
         path = directory / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except Exception:  # safetensors has errors of its own
+            return f"{name} is no safetensors file any more"
     return None
 
 
@@ -109,12 +126,16 @@ def collect_tensors(
     """Return trainable parameters and optimiser state by name, and those parts of the latter that are no tensors."""
     tensors: dict[str, torch.Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
+    seen: set[int] = set()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             tensors[f"model.{name}"] = parameter.detach()
             for key, value in optimizer.state[parameter].items():
                 if isinstance(value, torch.Tensor):
-                    tensors[f"optimizer.{name}.{key}"] = value
+                    # bitsandbytes shares its tables between all parameters, which safetensors refuses
+                    place = local_part(value).data_ptr()
+                    tensors[f"optimizer.{name}.{key}"] = value.clone() if place in seen else value
+                    seen.add(place)
                 else:
                     plain.setdefault(name, {})[key] = value
     return tensors, plain
@@ -148,6 +169,7 @@ def restore_tensors(
     except CheckpointError:
         raise
     except (Exception, CheckpointException) as error:
+        _pass_on(error)
         raise CheckpointError(
             f"{directory}: cannot be read ({_find_reason(error)}); remove it to go on from an earlier one"
         ) from None
@@ -170,4 +192,17 @@ def _find_reason(error: BaseException) -> str:
     """Return the first line of what a rank said inside torch's bundle of failures."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _pass_on(error: BaseException) -> None:
+    """Raise what says nothing about the files: a rank that has gone, or memory that ran out.
+
+    Raises:
+        Exception: the given one.
+    """
+    causes = [error]
+    if isinstance(error, CheckpointException):
+        causes += [failure[0] for failure in error.failures.values()]
+    if any(is_lost_contact(cause) or isinstance(cause, torch.OutOfMemoryError | MemoryError) for cause in causes):
+        raise causes[-1]

@@ -6,6 +6,7 @@ In: a training configuration, or a directory that training or merging wrote. Out
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
 from qlora_moderation import backbone as bb
-from qlora_moderation.adapter import add_lora, load_adapter, replace_head, set_label_names
+from qlora_moderation.adapter import add_lora, find_head, load_adapter, replace_head, set_label_names
 from qlora_moderation.batching import Layout
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.distributed import current_device, is_main, on_main, silent, world_size
@@ -49,6 +50,7 @@ class Classifier:
         grown_embedding_rows: rows of the embedding where it had to grow for the pad token.
         new_head_rows: rows of the head that no training has seen yet.
         sharding: how the ranks share the model.
+        base_fingerprint: of the weights that training started from.
     """
 
     model: ModerationModel
@@ -61,6 +63,7 @@ class Classifier:
     grown_embedding_rows: int | None = None
     new_head_rows: tuple[int, ...] = ()
     sharding: Sharding = dataclasses.field(default_factory=lambda: Sharding("none", "one process"))
+    base_fingerprint: str = ""
 
     @property
     def pad_id(self) -> int:
@@ -153,6 +156,7 @@ def build_classifier(
         settings = network.peft_config["default"]
         settings.base_model_name_or_path, settings.revision = metadata.base_model, metadata.base_revision
     model = wrap(network)
+    base_fingerprint = on_main(lambda: _fingerprint_base(network))
     sharding = distribute_model(model, sharding, config, opened.compute_dtype)
     return Classifier(
         model=model,
@@ -165,7 +169,20 @@ def build_classifier(
         grown_embedding_rows=rows,
         new_head_rows=tuple(new_rows),
         sharding=sharding,
+        base_fingerprint=base_fingerprint,
     )
+
+
+def _fingerprint_base(network: Any) -> str:
+    """Return a SHA-256 over a sample of the weights beside adapters, head and NF4 payloads: another base shows in it."""
+    digest = hashlib.sha256()
+    head = find_head(network.get_base_model() if isinstance(network, PeftModel) else network)[2]
+    own = {id(parameter) for parameter in head.parameters()}
+    for name, parameter in network.named_parameters():
+        if "lora_" not in name and id(parameter) not in own and not hasattr(parameter, "quant_state"):
+            sample = parameter.detach().reshape(-1)[:: max(1, parameter.numel() // 256)].float().cpu()
+            digest.update(name.encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _open_backbone(config: TrainConfig, taxonomy: Taxonomy, device: torch.device) -> _Opened:
@@ -233,7 +250,7 @@ def _resolve_name(name: str) -> str:
 
 
 def _autocast_dtype(compute_dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
-    return None if compute_dtype == torch.float32 or device.type != "cuda" else compute_dtype
+    return None if compute_dtype == torch.float32 else compute_dtype
 
 
 def load_classifier(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -76,28 +77,44 @@ def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = Non
     """Run one of the jobs with the given flags and return the exit code."""
     config_class, job, description = _JOBS[name]
     if name not in _SEVERAL_PROCESSES and os.environ.get("WORLD_SIZE", "1") != "1":
-        return _report(ConfigError(f"{name} runs in one process; start it without torchrun"))
+        return _report_early(ConfigError(f"{name} runs in one process; start it without torchrun"))
     parser = build_parser(config_class, description, prog)
     try:
         config: Any = load_options(config_class, parser, sys.argv[1:] if argv is None else argv)
     except ModerationError as error:
-        # every process reads the same command line, but each machine has files of its own
-        return _report(error) if os.environ.get("LOCAL_RANK", "0") == "0" else 2
+        return _report_early(error)
     _silence_libraries()
     try:
         job(config)
     except ModerationError as error:
-        return _report(error)
+        return _report(error) if _speaks_first(str(error)) else 2
     except Interrupted as stop:
         if not _speaker():
-            print(f"{stop}; the same command goes on from the checkpoint", file=sys.stderr)
+            print(stop, file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
-        print("interrupted; a run with checkpoints goes on when the same command is given again", file=sys.stderr)
+        if not _speaker():
+            print("interrupted; a run with checkpoints goes on when the same command is given again", file=sys.stderr)
         return 130
     except Exception as error:
         return _report_fault(error)
     return 0
+
+
+def _report_early(error: ModerationError) -> int:
+    """Report what every process meets before they know each other: once on each machine, which has files of its own."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return _report(error)
+    time.sleep(3)  # torchrun ends all processes with the first: leave it time to speak
+    return 2
+
+
+def _speaks_first(message: str) -> bool:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    from qlora_moderation.distributed import speaks_first
+
+    return speaks_first(message)
 
 
 def _report(error: ModerationError) -> int:

@@ -159,6 +159,8 @@ class TrainConfig:
             faults.append("--use_dora needs --method lora or qlora")
         if self.max_steps == 0:
             faults.append("--max_steps 0 trains nothing; give a number above 0, -1 to go by epochs, or --dry_run")
+        if self.overwrite_output_dir and self.resume not in ("auto", "never"):
+            faults.append(f"--overwrite_output_dir would remove the checkpoint of --resume {self.resume}; drop one")
         words = (self.fsdp or "").split()
         wrong = [word for word in words if word not in FSDP_WORDS]
         if wrong:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -64,20 +65,20 @@ def processes(use_cpu: bool, alone: bool = False) -> Iterator[torch.device]:
         alone: make a group even of one process, as fsdp needs it.
 
     Raises:
-        ConfigError: more processes than GPUs.
+        ConfigError: more processes than GPUs, or only half of the variables.
     """
     global _patient
-    cuda = torch.cuda.is_available() and not use_cpu
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if cuda:
-        if local >= torch.cuda.device_count():
-            raise ConfigError(
-                f"{os.environ.get('LOCAL_WORLD_SIZE', local + 1)} processes on a machine with {torch.cuda.device_count()} "
-                "GPUs; lower --nproc_per_node, or stay on the CPU with --use_cpu True"
-            )
-        torch.cuda.set_device(local)
-    device = current_device(use_cpu)
     several = launched_processes() > 1
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if several and missing:
+        raise ConfigError(
+            f"WORLD_SIZE is {launched_processes()}, but {', '.join(missing)} is not set; start with torchrun or "
+            "scripts/launch.sh, or unset WORLD_SIZE"
+        )
+    if torch.cuda.is_available() and not use_cpu:
+        _take_gpu(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count())
+    device = current_device(use_cpu)
+    cuda = device.type == "cuda"
     if dist.is_initialized() or not (several or alone):
         yield device
         return
@@ -99,6 +100,30 @@ def processes(use_cpu: bool, alone: bool = False) -> Iterator[torch.device]:
         if together:
             dist.barrier(group=group)
             dist.destroy_process_group()
+
+
+def _take_gpu(local_rank: int, gpus: int) -> None:
+    if gpus == 1 and "SLURM_PROCID" in os.environ:
+        local_rank = 0  # Slurm can show each task a GPU of its own
+    if local_rank == gpus:
+        raise ConfigError(
+            f"{os.environ.get('LOCAL_WORLD_SIZE', local_rank + 1)} processes on a machine with {gpus} GPUs; lower "
+            "--nproc_per_node, or stay on the CPU with --use_cpu True"
+        )
+    if local_rank > gpus:
+        raise SaidByMainError("the first process without a GPU says it")
+    torch.cuda.set_device(local_rank)
+
+
+def speaks_first(message: str) -> bool:
+    """Say whether no other rank has asked this for the same message: what all ranks meet is reported once."""
+    if world_size() == 1:
+        return True
+    try:
+        store: Any = dist.distributed_c10d._get_default_store()
+        return store.add(f"said {zlib.crc32(message.encode())}", 1) == 1
+    except Exception:  # the process that kept the store has gone: better twice than never
+        return True
 
 
 def is_lost_contact(error: BaseException) -> bool:
@@ -167,8 +192,8 @@ def highest_over_ranks(number: int) -> int:
     """Return the highest of the ranks' numbers; nothing waits for a GPU."""
     if world_size() == 1:
         return number
-    box = torch.tensor([number])
-    dist.all_reduce(box, dist.ReduceOp.MAX, group=_patient)
+    box = torch.tensor([number])  # on the CPU
+    dist.all_reduce(box, dist.ReduceOp.MAX)
     return int(box)
 
 

@@ -21,6 +21,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._noted = 0
+        self._interrupts = 0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -37,8 +38,10 @@ class StopSignals:
         self._before = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == self._noted == signal.SIGINT:
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts > 1:
+                raise KeyboardInterrupt
         self._noted = self._noted or number
 
     def agreed(self) -> int:

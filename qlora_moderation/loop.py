@@ -6,6 +6,7 @@ In: a classifier, data and a plan. Out: the best weights, checkpoints, records. 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import random
 import sys
@@ -47,51 +48,56 @@ def name_weights(config: TrainConfig) -> str:
 class Loop:
     """The state of a run while it learns."""
 
-    def __init__(
-        self, config: TrainConfig, classifier: Classifier, material: Material, plan: Plan, run: RunDirectory, log: Log
-    ) -> None:
-        self.config, self.classifier, self.material, self.plan, self.run_files = config, classifier, material, plan, run
-        self.log = log
+    def __init__(self, config: TrainConfig, classifier: Classifier, material: Material, plan: Plan, log: Log) -> None:
+        self.config, self.classifier, self.material, self.plan, self.log = config, classifier, material, plan, log
         self.device = classifier.model.device
         self.optimizer = build_optimizer(classifier.model, config)
         self.scheduler = build_scheduler(self.optimizer, config, plan.total_steps)
         self.trainable = [p for p in classifier.model.parameters() if p.requires_grad]
-        self.fingerprint = material.training.fingerprint()
+        validation = material.validation
+        self.identity = {
+            "training data": material.training.fingerprint(),
+            "validation data": None if validation is None else validation.fingerprint(),
+            "taxonomy": classifier.taxonomy.to_dict(),
+            "base model": classifier.base_fingerprint,
+        }
         self.labels = torch.tensor(material.training.labels, dtype=torch.float32)
         self.weight = torch.tensor(material.training.weight, dtype=torch.float32)
         self.best: float | None = None
         self.best_metrics: Metrics | None = None
         self.best_step = 0
+        self.done = 0
         self.started = time.monotonic()
 
     @property
     def output(self) -> Path:
         """Where the best weights go."""
-        return self.run_files.path / name_weights(self.config)
+        return Path(self.config.output_dir) / name_weights(self.config)
 
-    def run(self, checkpoint: Path | None) -> None:
-        """Learn from the first step, or from behind a checkpoint, to the last one.
+    def run(self, run: RunDirectory) -> None:
+        """Learn from behind the last step done to the last one.
 
         Raises:
             Interrupted: a signal stopped the run; a checkpoint is written.
         """
-        with StopSignals() as signals:
-            self._run(checkpoint, signals)
-
-    def _run(self, checkpoint: Path | None, signals: StopSignals) -> None:
-        plan = self.plan
         trackers = Trackers(self.config)
+        try:
+            with StopSignals() as signals:
+                self._run(run, trackers, signals)
+        finally:
+            trackers.finish()
+
+    def _run(self, run: RunDirectory, trackers: Trackers, signals: StopSignals) -> None:
+        plan, first = self.plan, self.done + 1
         visible = is_main() and sys.stderr.isatty()
-        bar = tqdm(total=plan.total_steps, unit="step", disable=not visible, dynamic_ncols=True)
+        bar = tqdm(total=plan.total_steps, initial=self.done, unit="step", disable=not visible, dynamic_ncols=True)
         say = bar.write if visible else self.log
-        first = 1 if checkpoint is None else self.resume(checkpoint) + 1
-        self.run_files.set_status("running", total_steps=plan.total_steps)
+        run.set_status("running", total_steps=plan.total_steps)
         self.classifier.model.train()
-        bar.update(first - 1)
         window_start, window_tokens = time.monotonic(), 0
         for step in range(first, plan.total_steps + 1):
             record = self.take_step(step)
-            self.run_files.record(record)
+            run.record(record)
             trackers.log(record, step)
             bar.update()
             window_tokens += record["tokens"]
@@ -105,19 +111,19 @@ class Loop:
                 )
                 window_start, window_tokens = now, 0
             if plan.eval_steps and (step % plan.eval_steps == 0 or step == plan.total_steps):
-                trackers.log(self.evaluate(step, say), step)
+                trackers.log(self.evaluate(step, run, say), step)
                 window_start, window_tokens = time.monotonic(), 0
             stop = signals.agreed() if step < plan.total_steps else 0
             if stop or (plan.save_steps and step % plan.save_steps == 0):
                 self.save_checkpoint(step)
                 window_start, window_tokens = time.monotonic(), 0
             if stop:
-                say(f"step {step}: stopping on request; the same command goes on from here")
+                without = ", without --overwrite_output_dir," if self.config.overwrite_output_dir else ""
+                say(f"step {step}: stopping on request; the same command{without} goes on from here")
                 raise Interrupted(stop)
         if self.best_step == 0:
             self.save_weights(plan.total_steps)
         bar.close()
-        trackers.finish()
 
     def save_checkpoint(self, step: int) -> None:
         """Write everything that the rest of the run depends on, frozen weights left out.
@@ -130,27 +136,50 @@ class Loop:
             "optimizer": plain,
             "scheduler": self.scheduler.state_dict(),
             "best": {"value": self.best, "metrics": self.best_metrics, "step": self.best_step},
-            "training_fingerprint": self.fingerprint,
+            "identity": self.identity,
             "world_size": world_size(),
             "threads": torch.get_num_threads(),
         }
-        save_checkpoint(self.run_files.path, step, tensors, facts, self.config.save_total_limit, self.best_step)
+        run = Path(self.config.output_dir)
+        save_checkpoint(run, step, tensors, facts, self.config.save_total_limit, self.best_step)
 
-    def resume(self, directory: Path) -> int:
-        """Take up the state of a checkpoint and return its step.
+    def read_state(self, directory: Path) -> dict[str, Any]:
+        """Return what a checkpoint says of itself, once it is sure to belong to this run.
 
         Raises:
-            CheckpointError: it is damaged, or belongs to other data or another model.
+            CheckpointError: it is damaged, or something that the run depends on has changed since.
         """
-        facts = on_main(lambda: read_facts(directory))
-        if facts["training_fingerprint"] != self.fingerprint:
-            raise CheckpointError(f"{directory}: the training data has changed since; start anew in another directory")
+        facts = read_facts(directory)
+        own = json.loads(json.dumps(self.identity))
+        changed = [name for name, value in own.items() if facts["identity"].get(name) != value]
+        if changed:
+            raise CheckpointError(
+                f"{directory}: the {' and the '.join(changed)} changed since; start anew in another directory"
+            )
+        best_step = facts["best"]["step"]
+        if best_step and not self.output.exists():
+            raise CheckpointError(
+                f"{self.output}: is missing, which holds the best weights, of step {best_step}; restore it, or go on from an "
+                "earlier checkpoint with --resume"
+            )
+        return facts
+
+    def resume(self, directory: Path, facts: dict[str, Any]) -> None:
+        """Take up the state of a checkpoint.
+
+        Args:
+            directory: the checkpoint.
+            facts: from `read_state`.
+
+        Raises:
+            CheckpointError: its tensors cannot be read.
+        """
         restore_tensors(directory, self.classifier.model, self.optimizer, facts["optimizer"])
         self.scheduler.load_state_dict(facts["scheduler"])
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
         self.best, self.best_metrics, self.best_step = (facts["best"][key] for key in ("value", "metrics", "step"))
-        self.run_files.cut_records(facts["step"])
+        self.done = facts["step"]
         now = {"world_size": world_size(), "threads": torch.get_num_threads()}
         was = {key: facts[key] for key in now}
         self.log(f"going on from {directory.name} of {self.plan.total_steps} steps")
@@ -159,7 +188,6 @@ class Loop:
                 f"it was written by {was['world_size']} processes with {was['threads']} threads, now there are "
                 f"{now['world_size']} with {now['threads']}: the run goes on exactly, but not bit for bit"
             )
-        return facts["step"]
 
     def take_step(self, step: int) -> dict[str, Any]:
         """Learn from one step batch; returns its record.
@@ -213,22 +241,21 @@ class Loop:
             f"--learning_rate, or look at the step's {len(members)} pairs, which start with: {places}"
         )
 
-    def evaluate(self, step: int, say: Log) -> Metrics:
+    def evaluate(self, step: int, run: RunDirectory, say: Log) -> Metrics:
         """Score the validation pairs; where the selecting metric is the best so far, save the weights."""
         validation, name = self.material.validation, self.config.metric_for_best_model
         assert validation is not None and validation.labels is not None and validation.flagged is not None
         scores = score_pairs(
             self.classifier, validation.prompts, validation.responses, max_tokens=self.plan.token_budget
         )
-        categories = self.classifier.taxonomy.categories
-        metrics = compute_metrics(
-            validation.labels, validation.flagged, scores.probabilities, self.classifier.thresholds, categories
+        labels, flagged, categories = validation.labels, validation.flagged, self.classifier.taxonomy.categories
+        # rank 0's figures count: another machine may round them otherwise, and all ranks must take the same branch
+        metrics = on_main(
+            lambda: compute_metrics(labels, flagged, scores.probabilities, self.classifier.thresholds, categories)
         )
         value = metrics[name]
         better = value is not None and (self.best is None or value > self.best)
-        self.run_files.record(
-            {"step": step, "eval": metrics, "best": better, "elapsed_seconds": time.monotonic() - self.started}
-        )
+        run.record({"step": step, "eval": metrics, "best": better, "elapsed_seconds": time.monotonic() - self.started})
         shown = "  ".join(
             f"{key} {metrics[key]:.4f}" if metrics.get(key) is not None else f"{key} undefined"
             for key in dict.fromkeys((name, "flagged/f1", "flagged/auroc", "log_loss"))
@@ -250,7 +277,7 @@ class Loop:
             "training_data": _name_of_data(config.train_data_name_or_path),
             "training_rows": material.training.annotations,
             "training_pairs": len(material.training),
-            "training_fingerprint": self.fingerprint,
+            "training_fingerprint": self.identity["training data"],
             "selection": selection,
             "steps": self.plan.total_steps,
             "pairs_per_step": self.plan.pairs_per_step,
@@ -260,7 +287,7 @@ class Loop:
         }
         if material.validation is not None:
             training["validation_pairs"] = len(material.validation)
-            training["validation_fingerprint"] = material.validation.fingerprint()
+            training["validation_fingerprint"] = self.identity["validation data"]
         metadata = dataclasses.replace(classifier.metadata, training=training)
         classifier.metadata = metadata
 

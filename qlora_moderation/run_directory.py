@@ -5,7 +5,9 @@ In: a configuration and records. Out: `config.yaml`, `environment.json`, `status
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -19,11 +21,11 @@ import yaml
 
 from qlora_moderation.checkpoint import STATE_FILE, find_checkpoints, find_damage, remove_leftovers
 from qlora_moderation.config import TrainConfig
-from qlora_moderation.distributed import is_main
+from qlora_moderation.distributed import is_main, on_main
 from qlora_moderation.errors import CheckpointError
 from qlora_moderation.metadata import read_json, write_json, write_text
 from qlora_moderation.options import dump_options
-from qlora_moderation.staging import recover
+from qlora_moderation.staging import check_shared, recover
 
 PACKAGES = (
     "qlora-moderation", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers",
@@ -32,10 +34,12 @@ PACKAGES = (
 
 
 _OWN = (
-    "config.yaml", "environment.json", "status.json", "metrics.jsonl", "audit.json", "validation.jsonl", "curves.png",
-    "checkpoints", "adapter", "model",
+    "checkpoints", "adapter", "model", "metrics.jsonl", "audit.json", "validation.jsonl", "curves.png", "environment.json",
+    "config.yaml", "status.json",
 )  # fmt: skip
-"""What a run writes; starting over removes these and nothing else."""
+"""What a run writes; starting over removes these and nothing else, and last what tells that this is a run's directory."""
+
+_LOCK = ".lock"
 
 _MAY_DIFFER = {
     "output_dir", "resume", "overwrite_output_dir", "dry_run", "save_strategy", "save_steps", "save_total_limit", "report_to",
@@ -87,7 +91,7 @@ def decide_start(config: TrainConfig, pairs_per_step: int) -> Start:
         raise CheckpointError(
             f"--resume {config.resume}: is neither auto nor never nor a directory under checkpoints/ with {STATE_FILE}"
         )
-    if named is not None and named.resolve().parent.parent != path.resolve():
+    if named is not None and named.parent.resolve() != (path / "checkpoints").resolve():
         raise CheckpointError(
             f"--resume {named}: belongs to another run; copy that run's directory and give the copy as --output_dir"
         )
@@ -97,7 +101,7 @@ def decide_start(config: TrainConfig, pairs_per_step: int) -> Start:
     if place == path and path.is_dir():
         for weights in ("adapter", "model"):
             recover(path / weights)
-    if place != path or (path.is_dir() and not any(path.iterdir())):
+    if place != path or (path.is_dir() and _holds_nothing(path)):
         return Start()
     remedy = "give another directory, or --overwrite_output_dir True"
     status = path / "status.json"
@@ -113,7 +117,7 @@ def decide_start(config: TrainConfig, pairs_per_step: int) -> Start:
         raise CheckpointError(f"--output_dir {path}: holds a run with other {', '.join(differing)}; {remedy}")
     if named is not None:
         return Start(named)
-    if read_json(status).get("state") == "finished":
+    if _read_mapping(status).get("state") == "finished":
         return Start(is_finished=True)
     found = find_checkpoints(path)
     if found:
@@ -129,6 +133,25 @@ def decide_start(config: TrainConfig, pairs_per_step: int) -> Start:
         )
     _refuse_own_inputs(config)
     return Start()
+
+
+def _holds_nothing(path: Path) -> bool:
+    """Say whether a directory is empty, or holds only what a run killed in its very first moments left."""
+    names = {entry.name for entry in path.iterdir()}
+    first = {"config.yaml", "environment.json", "status.json", "metrics.jsonl"}
+    begun = {name for name in names if name.startswith(".") or name in first}
+    return names == begun and not {"config.yaml", "status.json"} <= names and all(map(_is_own, names))
+
+
+def _is_own(name: str) -> bool:
+    return name in _OWN or name == _LOCK or any(name.startswith(f".{own}.") for own in _OWN)
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: is damaged; restore it, or give another --output_dir")
+    return values
 
 
 def _describe_damage(path: Path, newest: Path | None) -> Iterator[str]:
@@ -158,7 +181,11 @@ def _find_differences(config: TrainConfig, pairs_per_step: int) -> list[str]:
         raise CheckpointError(f"{path}: is damaged; restore it, or give another --output_dir")
     own = yaml.safe_load(dump_options(config))
     differing = [name for name in own if name not in _MAY_DIFFER and own[name] != stored.get(name)]
-    before = read_json(path.with_name("environment.json")).get("pairs_per_step")
+    before = _read_mapping(path.with_name("environment.json")).get("pairs_per_step")
+    if before is None:
+        raise CheckpointError(
+            f"{path.with_name('environment.json')}: is of an older version; give another --output_dir"
+        )
     if before != pairs_per_step:
         differing.append(
             f"number of pairs a step ({before}, now {pairs_per_step} = per_device_train_batch_size x "
@@ -168,35 +195,70 @@ def _find_differences(config: TrainConfig, pairs_per_step: int) -> list[str]:
 
 
 class RunDirectory:
-    """One training run's directory, opened for writing by rank 0; on the other ranks it writes nothing.
+    """One training run's directory; rank 0 writes, on the other ranks nothing happens.
 
     Args:
         config: names the directory.
-        start: from `decide_start`.
-        processes: facts about the processes, for `environment.json`.
 
-    Raises:
-        CheckpointError: it cannot be written.
+    Every method raises a `CheckpointError` where the disk does not take what is to be written.
     """
 
-    def __init__(self, config: TrainConfig, start: Start, processes: dict[str, Any]) -> None:
+    def __init__(self, config: TrainConfig) -> None:
         self.path = Path(config.output_dir)
+        self._config = config
         self._metrics: TextIO | None = None
-        if not is_main():
-            return
-        try:
-            if start.checkpoint is None and self.path.is_dir():
-                for name in _OWN:
-                    own = self.path / name
-                    shutil.rmtree(own) if own.is_dir() else own.unlink(missing_ok=True)
+        self._lock: TextIO | None = None
+
+    def open(self, start: Start, processes: dict[str, Any]) -> None:
+        """Begin to write: clear what an earlier run left, or go on behind a checkpoint's step. Called by all ranks.
+
+        Args:
+            start: from `decide_start`.
+            processes: facts about the processes, for `environment.json`.
+        """
+        on_main(lambda: self._open(start, processes))
+        check_shared(self.path)
+
+    def _open(self, start: Start, processes: dict[str, Any]) -> None:
+        with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(self.path)
-            write_text(self.path / "config.yaml", dump_options(config))
+            self._take_lock()
+            if start.checkpoint is None:
+                for own in (self.path / name for name in _OWN):
+                    shutil.rmtree(own) if own.is_dir() and not own.is_symlink() else own.unlink(missing_ok=True)
+            step = 0 if start.checkpoint is None else int(start.checkpoint.name[5:])
+            remove_leftovers(self.path, step)
+            write_text(self.path / "config.yaml", dump_options(self._config))
             write_json(self.path / "environment.json", describe_environment() | processes)
             self.set_status("starting")
+            if (self.path / "metrics.jsonl").is_file():
+                kept = [record for record in self.records() if record["step"] <= step]
+                write_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
             self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+
+    def _take_lock(self) -> None:
+        lock = (self.path / _LOCK).open("w", encoding="utf-8")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise CheckpointError(
+                f"--output_dir {self.path}: another run is writing here; give another directory"
+            ) from None
+        except OSError:  # a file system without locks
+            lock.close()
+            return
+        self._lock = lock
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            raise CheckpointError(f"--output_dir {self.path}: cannot be written ({error.strerror})") from None
+            raise CheckpointError(
+                f"--output_dir {self.path}: cannot be written ({error.strerror or error}); make room, and give the same "
+                "command again"
+            ) from None
 
     def set_status(self, state: str, **facts: Any) -> None:
         """Write `status.json`."""
@@ -205,29 +267,31 @@ class RunDirectory:
     def write(self, name: str, content: Any) -> None:
         """Write a JSON file."""
         if is_main():
-            write_json(self.path / name, content)
+            with self._writing():
+                write_json(self.path / name, content)
 
     def record(self, values: dict[str, Any]) -> None:
         """Append one line to `metrics.jsonl`."""
         if self._metrics is not None:
-            self._metrics.write(json.dumps(values) + "\n")
-            self._metrics.flush()
+            with self._writing():
+                self._metrics.write(json.dumps(values) + "\n")
+                self._metrics.flush()
 
     def records(self) -> list[dict[str, Any]]:
         """Read `metrics.jsonl` back; a last line that a kill cut off does not count."""
-        lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines]
-
-    def cut_records(self, step: int) -> None:
-        """Forget what was recorded after `step`, so that the file equals an unbroken run's."""
-        if self._metrics is None:
-            return
-        kept = [record for record in self.records() if record["step"] <= step]
-        self._metrics.close()
-        write_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
-        self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path}: is damaged ({error}); start over with --overwrite_output_dir True"
+            ) from None
 
     def close(self) -> None:
-        """Close the files that are open for writing."""
-        if self._metrics is not None:
-            self._metrics.close()
+        """Close the files that are open for writing, and let others write here."""
+        for file in (self._metrics, self._lock):
+            if file is not None:
+                with contextlib.suppress(OSError):
+                    file.close()
+        self._metrics = self._lock = None

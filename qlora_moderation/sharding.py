@@ -6,10 +6,12 @@ no rank but rank 0 ever holds more than its share and one layer. Around step 6.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -67,7 +69,10 @@ def device_memory(device: torch.device) -> int:
     """Return the bytes that one process may count on."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError):  # no limit set, or no control groups here
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return memory // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def choose_sharding(config: TrainConfig, model: nn.Module, device: torch.device) -> Sharding:
@@ -124,6 +129,12 @@ def find_layers(model: ModerationModel, class_name: str | None = None) -> list[n
         known = {type(module).__name__ for module in classifier.modules()}
         hint = nearest(class_name, known) or f"; its layers are {type(layers[0]).__name__}"
         raise ConfigError(f"--fsdp_transformer_layer_cls_to_wrap {class_name}: the backbone has none{hint}")
+    head, inner = find_head(classifier)[2], {part for module in chosen for part in list(module.modules())[1:]}
+    if head in {*chosen, *inner} or inner & set(chosen) or isinstance(chosen[0], nn.ModuleList | nn.ModuleDict):
+        raise ConfigError(
+            f"--fsdp_transformer_layer_cls_to_wrap {class_name}: is no layer of the backbone; its layers are "
+            f"{type(layers[0]).__name__}"
+        )
     return chosen
 
 
@@ -158,7 +169,7 @@ def distribute_model(
     for unit in [*layers, head, model]:
         found = _fill(unit, model.device, filled)
         checksums.update({names[module]: checksum for module, checksum in found.items()})
-        policy = MixedPrecisionPolicy() if unit is head else cast
+        policy = MixedPrecisionPolicy(param_dtype=torch.float32) if unit is head else cast  # its inputs are cast, too
         fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -6,11 +6,12 @@ In: a place, and a block that fills a directory beside it, on one rank or on all
 from __future__ import annotations
 
 import contextlib
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from qlora_moderation.distributed import is_main, on_main, raise_together
+from qlora_moderation.distributed import is_main, on_main, raise_together, rank, world_size
 from qlora_moderation.errors import CheckpointError
 
 
@@ -38,6 +39,28 @@ def replaced_whole(directory: Path) -> Iterator[Path]:
     finally:
         if is_main():
             shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def check_shared(directory: Path) -> None:
+    """Check that all ranks see the same directory.
+
+    Raises:
+        CheckpointError: one of them does not.
+    """
+    if world_size() == 1:
+        return
+    mark = on_main(lambda: directory / f".seen-by-all-{secrets.token_hex(8)}")
+    on_main(mark.touch)
+    missing = None
+    if not mark.exists():
+        missing = CheckpointError(
+            f"{directory}: must lie on a disk that all machines share, and rank {rank()} sees another"
+        )
+    try:
+        raise_together(missing)
+    finally:
+        if is_main():
+            mark.unlink(missing_ok=True)
 
 
 def recover(directory: Path) -> None:

@@ -5,7 +5,9 @@ In: a `TrainConfig`. Out: a run directory with the best adapter, or the best mod
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,12 +15,13 @@ from qlora_moderation.classifier import build_classifier
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.data import write_pairs
 from qlora_moderation.distributed import is_main, on_main, processes, silent, world_size
-from qlora_moderation.errors import ConfigError, Interrupted
+from qlora_moderation.errors import CheckpointError, ConfigError, Interrupted
 from qlora_moderation.loop import Loop, name_weights
 from qlora_moderation.metrics import selecting_metrics
 from qlora_moderation.options import nearest
 from qlora_moderation.plan import (
     Log,
+    Material,
     announce,
     apply_bf16,
     build_plan,
@@ -78,25 +81,20 @@ def _train(config: TrainConfig, device: torch.device, log: Log) -> Path:
         "sharding": classifier.sharding.kind,
         "pairs_per_step": plan.pairs_per_step,
     }
-    run = RunDirectory(config, start, facts)
+    run, loop = RunDirectory(config), Loop(config, classifier, material, plan, log)
+    found = start.checkpoint
+    state = None if found is None else on_main(lambda: loop.read_state(found))
     try:
-        run.write("audit.json", material.audit)
-        if is_main() and material.validation is not None and not config.eval_data_name_or_path:
-            write_pairs(run.path / "validation.jsonl", material.validation, taxonomy)
-        for note in start.notes:
-            log(f"warning: {note}; going on from {start.checkpoint}")
-        Loop(config, classifier, material, plan, run, log).run(start.checkpoint)
-        if is_main():
-            plot_curves(run.records(), config.metric_for_best_model, run.path / "curves.png")
+        run.open(start, facts)
+        _learn(config, material, start, state, run, loop, log)
         run.set_status("finished", best=weights.name)
     except Interrupted as stop:
         run.set_status("interrupted, resumable", reason=str(stop))
         raise
-    except KeyboardInterrupt:
-        run.set_status("interrupted")
-        raise
     except BaseException as error:
-        run.set_status("failed", error=type(error).__name__)
+        state_of_it = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        with contextlib.suppress(CheckpointError):  # the error itself matters more
+            run.set_status(state_of_it, error=type(error).__name__)
         raise
     finally:
         run.close()
@@ -108,6 +106,27 @@ def _train(config: TrainConfig, device: torch.device, log: Log) -> Path:
     else:
         log(f"next: scripts/merge_adapter.py --adapter_path {weights} --output_dir {run.path / 'merged'}")
     return weights
+
+
+def _learn(
+    config: TrainConfig,
+    material: Material,
+    start: Start,
+    state: dict[str, Any] | None,
+    run: RunDirectory,
+    loop: Loop,
+    log: Log,
+) -> None:
+    run.write("audit.json", material.audit)
+    if is_main() and material.validation is not None and not config.eval_data_name_or_path:
+        write_pairs(run.path / "validation.jsonl", material.validation, loop.classifier.taxonomy)
+    for note in start.notes:
+        log(f"warning: {note}; going on from {start.checkpoint}")
+    if start.checkpoint is not None and state is not None:
+        loop.resume(start.checkpoint, state)
+    loop.run(run)
+    if is_main():
+        plot_curves(run.records(), config.metric_for_best_model, run.path / "curves.png")
 
 
 def _check(config: TrainConfig) -> tuple[Taxonomy, Start]:

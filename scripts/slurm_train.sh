@@ -20,6 +20,8 @@ export PATH="${VENV:-$PWD/.venv}/bin:$PATH"
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-29500}
 export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))
+# a job that comes back from the queue goes on, whatever it was started with
+[ -z "${SLURM_RESTART_COUNT:-}" ] || set -- "$@" --overwrite_output_dir False --resume auto
 # shellcheck disable=SC2016  # the variables are those of each task
 srun --kill-on-bad-exit=1 bash -c \
     'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec python scripts/train.py "$@"' train "$@"
