@@ -230,8 +230,9 @@ def show_memory(root, rows, texts):
     backbone = build(root / "memory", texts, hidden_size=1024, num_layers=20, vocab_size=1000)
     size = sum(path.stat().st_size for path in Path(backbone).glob("*.safetensors"))
     print(f"\npeak memory while loading a checkpoint of {size / 2**30:.2f} GiB (fp32), above the imports; GiB")
+    print("in brackets: without pages of the checkpoint's own file, which the system may drop")
     print(
-        "| method | processes | sharding | rank 0 | other ranks, highest | kept afterwards, highest | all ranks | seconds |"
+        "| method | processes | sharding | rank 0 | other ranks, highest | all ranks | kept afterwards, highest | seconds |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for method in ("lora", "qlora"):

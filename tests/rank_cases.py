@@ -60,6 +60,7 @@ def learn_until(options: dict[str, Any], step: int, number: int, by: int = 0) ->
         code = 0
     finally:
         Loop.take_step = whole_step
+    distributed.gather_objects(code)  # rank 0 has written by now
     return code, json.loads((Path(options["output_dir"]) / "status.json").read_text())["state"]
 
 
@@ -246,3 +247,20 @@ def learn_in_small_files(options: dict[str, Any], file_bytes: int) -> int:
     finally:
         export.FILE_BYTES, export.save_file = kept, save
     return sum(written)
+
+
+def fail(options: dict[str, Any]) -> str:
+    """Train and return what this rank raised."""
+    try:
+        train(TrainConfig(**options), silent)
+    except ModerationError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def learn_elsewhere(options: dict[str, Any], root: str) -> str:
+    """Train where each rank has a working directory of its own, and a relative `output_dir`."""
+    own = Path(root) / f"machine-{rank()}"
+    own.mkdir()
+    os.chdir(own)
+    return fail(options)

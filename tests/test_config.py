@@ -460,6 +460,7 @@ def test_the_original_words_for_sharding(flags, kind, offloads):
         ("--fsdp full_shard --sharding ddp", "--sharding ddp contradicts --fsdp full_shard"),
         ("--fsdp_cpu_offload", "--fsdp_cpu_offload needs --sharding fsdp"),
         ("--sharding fdsp", "did you mean fsdp?"),
+        ("--overwrite_output_dir --resume a/b", "--overwrite_output_dir would remove the checkpoint of --resume a/b"),
     ],
 )
 def test_wrong_words_for_sharding(flags, words):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 from pathlib import Path
@@ -82,6 +83,45 @@ def test_a_full_model_is_written_file_by_file(llama, rows_file, tmp_path):
     texts = ["How?"] * 2, ["So.", "Never do that."]
     logits = [score_pairs(load_classifier(tmp_path / run / "model"), *texts).logits for run in ("run", "plain")]
     np.testing.assert_array_equal(*logits)
+
+
+def test_an_encoder_computes_in_bfloat16_and_has_an_fp32_head(bert, rows_file, tmp_path):
+    more = {"max_steps": 2, "dtype": "bfloat16"}
+    cases = [
+        (
+            "learn",
+            {
+                "options": options(
+                    bert, rows_file, tmp_path / f"{method}-{kind}", 2, sharding=kind, method=method, **more
+                )
+            },
+        )
+        for method, kind in itertools.product(("lora", "full"), ("ddp", "fsdp"))
+    ]
+    run_ranks(2, rank_cases.run_all, cases)
+    for method in ("lora", "full"):
+        ddp, fsdp = (losses(tmp_path / f"{method}-{kind}") for kind in ("ddp", "fsdp"))
+        assert fsdp == pytest.approx(ddp, rel=2e-2)
+
+
+def test_a_directory_that_the_machines_do_not_share_is_refused(llama, rows_file, tmp_path):
+    settings = options(llama, rows_file, Path("run"), 2, sharding="fsdp")
+    said = [
+        result[0]
+        for result in run_ranks(
+            2, rank_cases.run_all, [("learn_elsewhere", {"options": settings, "root": str(tmp_path)})]
+        )
+    ]
+    assert said[0].startswith("SaidByMainError")
+    assert "must lie on a disk that all machines share, and rank 1 sees another" in said[1]
+
+
+@pytest.mark.parametrize("name", ["Linear", "ModuleList", "LlamaForSequenceClassification", "LlamaDecoderLayr"])
+def test_a_class_that_is_no_layer_is_refused(name, llama, rows_file, tmp_path):
+    more = {"sharding": "fsdp", "fsdp_transformer_layer_cls_to_wrap": name, "method": "full"}
+    case = ("fail", {"options": options(llama, rows_file, tmp_path / "run", 1, **more)})
+    (said,) = run_ranks(1, rank_cases.run_all, [case])[0]
+    assert said.startswith("ConfigError: --fsdp_transformer_layer_cls_to_wrap") and "LlamaDecoderLayer" in said
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
