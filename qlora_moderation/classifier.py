@@ -6,26 +6,24 @@ In: a training configuration, or a directory that training or merging wrote. Out
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
 from qlora_moderation import backbone as bb
-from qlora_moderation.adapter import add_lora, find_head, load_adapter, replace_head, set_label_names
+from qlora_moderation.adapter import load_adapter, set_label_names
 from qlora_moderation.batching import Layout
-from qlora_moderation.config import TrainConfig
-from qlora_moderation.distributed import current_device, is_main, on_main, silent, world_size
+from qlora_moderation.distributed import current_device, is_main
 from qlora_moderation.errors import CheckpointError
 from qlora_moderation.export import write_weights
-from qlora_moderation.metadata import ModelMetadata, Quantization, load_metadata, read_json
+from qlora_moderation.metadata import ModelMetadata, load_metadata, read_json
 from qlora_moderation.model import ModerationModel
-from qlora_moderation.sharding import Sharding, choose_sharding, distribute_model
+from qlora_moderation.sharding import Sharding
 from qlora_moderation.staging import replaced_whole
 from qlora_moderation.taxonomy import Taxonomy
 from qlora_moderation.thresholds import Thresholds, load_thresholds
@@ -95,9 +93,10 @@ class Classifier:
                     write_more(unfinished)
 
 
-def _open_tokenizer(
+def open_tokenizer(
     name: str, revision: str | None, taxonomy: Taxonomy, max_length: int
 ) -> tuple[PreTrainedTokenizerBase, TextEncoder]:
+    """Return the tokenizer of a model, with a pad token, and the encoder around it."""
     tokenizer = bb.load_tokenizer(name, revision)
     tokenizer.add_special_tokens({"pad_token": choose_pad_token(tokenizer)})  # grows the vocabulary where it is new
     encoder = TextEncoder(tokenizer, taxonomy, max_length)
@@ -105,7 +104,12 @@ def _open_tokenizer(
     return tokenizer, encoder
 
 
-def _check_max_length(spec: bb.BackboneSpec, max_length: int) -> None:
+def check_max_length(spec: bb.BackboneSpec, max_length: int) -> None:
+    """Refuse a length that the backbone has no positions for.
+
+    Raises:
+        CheckpointError: it names the longest one.
+    """
     limit = getattr(spec.config, "max_position_embeddings", None)
     if limit is not None and spec.config.model_type in ("roberta", "xlm-roberta", "camembert"):
         limit -= 2  # positions start behind the padding index
@@ -113,143 +117,8 @@ def _check_max_length(spec: bb.BackboneSpec, max_length: int) -> None:
         raise CheckpointError(f"{spec.name}: reads at most {limit} tokens; lower --max_length {max_length}")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Opened:
-    """What rank 0 has read of a backbone besides its weights; the other ranks need no file of it."""
-
-    spec: bb.BackboneSpec
-    compute_dtype: torch.dtype
-    layout: Layout
-    layout_reason: str
-    tokenizer: PreTrainedTokenizerBase
-    encoder: TextEncoder
-    quantization: Quantization | None
-
-
-def build_classifier(
-    config: TrainConfig, taxonomy: Taxonomy, device: torch.device, log: Callable[[str], None] = print
-) -> Classifier:
-    """Open the backbone that a training run starts from, make it trainable by its method, and share it between the ranks.
-
-    Raises:
-        ModerationError: backbone, tokenizer and options do not go together.
-    """
-    opened = on_main(lambda: _open_backbone(config, taxonomy, device))
-    built: list[tuple[Any, int | None, list[int]]] = []
-    if world_size() > 1:
-        built.append(_build_network(config, opened, taxonomy, torch.device("meta"), silent))
-    else:
-        built.append(_build_network(config, opened, taxonomy, device, log))
-
-    def wrap(network: Any) -> ModerationModel:
-        autocast = _autocast_dtype(opened.compute_dtype, device)
-        return ModerationModel(network, opened.spec.kind == "encoder", device, autocast)
-
-    sharding = on_main(lambda: choose_sharding(config, wrap(built[0][0]), device))
-    if world_size() > 1:
-        # NF4 is made where it is used; other weights pass through the memory of rank 0's host once
-        place = device if config.method == "qlora" else torch.device("cpu")
-        on_main(lambda: built.append(_build_network(config, opened, taxonomy, place, log)))
-    network, rows, new_rows = built[-1]
-    metadata = on_main(lambda: _describe_model(config, taxonomy, opened))
-    if isinstance(network, PeftModel):
-        settings = network.peft_config["default"]
-        settings.base_model_name_or_path, settings.revision = metadata.base_model, metadata.base_revision
-    model = wrap(network)
-    base_fingerprint = on_main(lambda: _fingerprint_base(network))
-    sharding = distribute_model(model, sharding, config, opened.compute_dtype)
-    return Classifier(
-        model=model,
-        tokenizer=opened.tokenizer,
-        encoder=opened.encoder,
-        metadata=metadata,
-        thresholds=Thresholds.default(taxonomy),
-        layout=opened.layout,
-        layout_reason=opened.layout_reason,
-        grown_embedding_rows=rows,
-        new_head_rows=tuple(new_rows),
-        sharding=sharding,
-        base_fingerprint=base_fingerprint,
-    )
-
-
-def _fingerprint_base(network: Any) -> str:
-    """Return a SHA-256 over a sample of the weights beside adapters, head and NF4 payloads: another base shows in it."""
-    digest = hashlib.sha256()
-    head = find_head(network.get_base_model() if isinstance(network, PeftModel) else network)[2]
-    own = {id(parameter) for parameter in head.parameters()}
-    for name, parameter in network.named_parameters():
-        if "lora_" not in name and id(parameter) not in own and not hasattr(parameter, "quant_state"):
-            sample = parameter.detach().reshape(-1)[:: max(1, parameter.numel() // 256)].float().cpu()
-            digest.update(name.encode() + sample.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _open_backbone(config: TrainConfig, taxonomy: Taxonomy, device: torch.device) -> _Opened:
-    spec = bb.inspect_backbone(config.model_name_or_path, config.model_revision)
-    if spec.kind == "encoder" and config.method == "qlora":
-        raise CheckpointError(f"{spec.name}: is an encoder; --method qlora is for decoders, use lora or full")
-    _check_max_length(spec, config.max_length)
-    dtype = bb.choose_dtype(config.dtype, device)
-    layout, reason = bb.choose_layout(spec, config.layout, config.max_length, config.backbone_dropout)
-    tokenizer, encoder = _open_tokenizer(config.model_name_or_path, config.model_revision, taxonomy, config.max_length)
-    quantization = None
-    if config.method == "qlora":
-        quantization = Quantization(config.bnb_4bit_use_double_quant, str(dtype).removeprefix("torch."))
-    return _Opened(spec, dtype, layout, reason, tokenizer, encoder, quantization)
-
-
-def _build_network(
-    config: TrainConfig, opened: _Opened, taxonomy: Taxonomy, device: torch.device, log: Callable[[str], None]
-) -> tuple[Any, int | None, list[int]]:
-    """Return the trainable network, the rows of a grown embedding, and the head's new rows; on the meta device: no weights."""
-    torch.manual_seed(config.seed)  # modules that the checkpoint does not hold are made up, as the adapters are
-    # full training keeps fp32 master weights and computes in bfloat16 under autocast
-    weights_dtype = torch.float32 if config.method == "full" else opened.compute_dtype
-    loaded = bb.load_backbone(
-        opened.spec,
-        None,
-        weights_dtype,
-        device,
-        opened.layout,
-        opened.quantization,
-        config.backbone_dropout,
-        empty=device.type == "meta",
-    )
-    network: Any = loaded.model
-    rows = bb.fit_pad_token(network, int(opened.tokenizer.pad_token_id))
-    if rows is not None:
-        log(f"pad token: {opened.tokenizer.pad_token} is new, the embedding grew by one zero row")
-    new_rows, lines = replace_head(network, taxonomy.categories, config.seed)
-    for line in lines:
-        log(line)
-    if config.method != "full":
-        network = add_lora(network, opened.spec, config)
-    if config.gradient_checkpointing:
-        network.gradient_checkpointing_enable({"use_reentrant": False})
-    return network, rows, new_rows
-
-
-def _describe_model(config: TrainConfig, taxonomy: Taxonomy, opened: _Opened) -> ModelMetadata:
-    return ModelMetadata(
-        taxonomy=taxonomy,
-        max_length=config.max_length,
-        method=config.method,
-        kind="full" if config.method == "full" else "adapter",
-        base_model=_resolve_name(config.model_name_or_path),
-        base_revision=getattr(opened.spec.config, "_commit_hash", None) or config.model_revision,
-        pad_token=opened.tokenizer.pad_token,
-        quantization=opened.quantization,
-        long_text=config.long_text,
-    )
-
-
-def _resolve_name(name: str) -> str:
-    """Make the path of a local base absolute, so that its adapter finds it from anywhere."""
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
-
-
-def _autocast_dtype(compute_dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
+def autocast_dtype(compute_dtype: torch.dtype) -> torch.dtype | None:
+    """Return the type of products under autocast; None: no autocast."""
     return None if compute_dtype == torch.float32 else compute_dtype
 
 
@@ -303,9 +172,9 @@ def load_classifier(
             metadata = _guess_metadata(spec)
     taxonomy = metadata.taxonomy
     length = max_length or metadata.max_length
-    _check_max_length(spec, length)
+    check_max_length(spec, length)
     chosen, reason = bb.choose_layout(spec, layout, length)
-    tokenizer, encoder = _open_tokenizer(str(directory), None, taxonomy, length)
+    tokenizer, encoder = open_tokenizer(str(directory), None, taxonomy, length)
     quantization = metadata.quantization if is_adapter else None
     stored = len(taxonomy.categories)
     if not is_adapter and len(spec.config.id2label) != stored:
@@ -321,7 +190,7 @@ def load_classifier(
     elif spec.kind == "decoder":
         _restore_head(network, directory)
     network.requires_grad_(False)
-    model = ModerationModel(network, spec.kind == "encoder", device, _autocast_dtype(compute_dtype, device)).eval()
+    model = ModerationModel(network, spec.kind == "encoder", device, autocast_dtype(compute_dtype)).eval()
     thresholds = load_thresholds(directory, taxonomy)
     return Classifier(model, tokenizer, encoder, metadata, thresholds, chosen, reason, rows)
 

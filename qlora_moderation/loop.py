@@ -5,7 +5,6 @@ In: a classifier, data and a plan. Out: the best weights, checkpoints, records. 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import random
@@ -18,31 +17,24 @@ import torch
 from tqdm import tqdm
 
 from qlora_moderation.batching import micro_batches, step_batch
-from qlora_moderation.card import build_card
+from qlora_moderation.best import Best
 from qlora_moderation.checkpoint import collect_tensors, read_facts, restore_tensors, save_checkpoint
 from qlora_moderation.classifier import Classifier
 from qlora_moderation.config import TrainConfig
-from qlora_moderation.distributed import gather_full, is_main, on_main, rank, sum_over_ranks, world_size
+from qlora_moderation.distributed import gather_full, is_main, rank, sum_over_ranks, world_size
 from qlora_moderation.errors import CheckpointError, Interrupted, ModerationError
 from qlora_moderation.interruption import StopSignals
 from qlora_moderation.layout import build_micro_batch
 from qlora_moderation.loss import compute_loss
-from qlora_moderation.metadata import write_json, write_text
-from qlora_moderation.metrics import Metrics, compute_metrics
+from qlora_moderation.metrics import Metrics
 from qlora_moderation.optim import build_optimizer, build_scheduler
 from qlora_moderation.plan import Log, Material, Plan
 from qlora_moderation.run_directory import RunDirectory
-from qlora_moderation.scoring import score_pairs
 from qlora_moderation.tracking import Trackers
 
 
 class NonFiniteError(ModerationError):
     """A loss or gradient is not finite; names the step and the rows."""
-
-
-def name_weights(config: TrainConfig) -> str:
-    """Return the directory of a run's best weights."""
-    return "model" if config.method == "full" else "adapter"
 
 
 class Loop:
@@ -54,25 +46,11 @@ class Loop:
         self.optimizer = build_optimizer(classifier.model, config)
         self.scheduler = build_scheduler(self.optimizer, config, plan.total_steps)
         self.trainable = [p for p in classifier.model.parameters() if p.requires_grad]
-        validation = material.validation
-        self.identity = {
-            "training data": material.training.fingerprint(),
-            "validation data": None if validation is None else validation.fingerprint(),
-            "taxonomy": classifier.taxonomy.to_dict(),
-            "base model": classifier.base_fingerprint,
-        }
         self.labels = torch.tensor(material.training.labels, dtype=torch.float32)
         self.weight = torch.tensor(material.training.weight, dtype=torch.float32)
-        self.best: float | None = None
-        self.best_metrics: Metrics | None = None
-        self.best_step = 0
+        self.best = Best(config, classifier, material, plan)
         self.done = 0
         self.started = time.monotonic()
-
-    @property
-    def output(self) -> Path:
-        """Where the best weights go."""
-        return Path(self.config.output_dir) / name_weights(self.config)
 
     def run(self, run: RunDirectory) -> None:
         """Learn from behind the last step done to the last one.
@@ -121,8 +99,8 @@ class Loop:
                 without = ", without --overwrite_output_dir," if self.config.overwrite_output_dir else ""
                 say(f"step {step}: stopping on request; the same command{without} goes on from here")
                 raise Interrupted(stop)
-        if self.best_step == 0:
-            self.save_weights(plan.total_steps)
+        if self.best.step == 0:
+            self.best.save(plan.total_steps)
         bar.close()
 
     def save_checkpoint(self, step: int) -> None:
@@ -135,13 +113,13 @@ class Loop:
             "step": step,
             "optimizer": plain,
             "scheduler": self.scheduler.state_dict(),
-            "best": {"value": self.best, "metrics": self.best_metrics, "step": self.best_step},
-            "identity": self.identity,
+            "best": self.best.state(),
+            "identity": self.best.identity,
             "world_size": world_size(),
             "threads": torch.get_num_threads(),
         }
         run = Path(self.config.output_dir)
-        save_checkpoint(run, step, tensors, facts, self.config.save_total_limit, self.best_step)
+        save_checkpoint(run, step, tensors, facts, self.config.save_total_limit, self.best.step)
 
     def read_state(self, directory: Path) -> dict[str, Any]:
         """Return what a checkpoint says of itself, once it is sure to belong to this run.
@@ -150,17 +128,17 @@ class Loop:
             CheckpointError: it is damaged, or something that the run depends on has changed since.
         """
         facts = read_facts(directory)
-        own = json.loads(json.dumps(self.identity))
+        own = json.loads(json.dumps(self.best.identity))
         changed = [name for name, value in own.items() if facts["identity"].get(name) != value]
         if changed:
             raise CheckpointError(
                 f"{directory}: the {' and the '.join(changed)} changed since; start anew in another directory"
             )
         best_step = facts["best"]["step"]
-        if best_step and not self.output.exists():
+        if best_step and not self.best.output.exists():
             raise CheckpointError(
-                f"{self.output}: is missing, which holds the best weights, of step {best_step}; restore it, or go on from an "
-                "earlier checkpoint with --resume"
+                f"{self.best.output}: is missing, which holds the best weights, of step {best_step}; restore it, or go on "
+                "from an earlier checkpoint with --resume"
             )
         return facts
 
@@ -178,7 +156,7 @@ class Loop:
         self.scheduler.load_state_dict(facts["scheduler"])
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
-        self.best, self.best_metrics, self.best_step = (facts["best"][key] for key in ("value", "metrics", "step"))
+        self.best.restore(facts["best"])
         self.done = facts["step"]
         now = {"world_size": world_size(), "threads": torch.get_num_threads()}
         was = {key: facts[key] for key in now}
@@ -242,69 +220,15 @@ class Loop:
         )
 
     def evaluate(self, step: int, run: RunDirectory, say: Log) -> Metrics:
-        """Score the validation pairs; where the selecting metric is the best so far, save the weights."""
-        validation, name = self.material.validation, self.config.metric_for_best_model
-        assert validation is not None and validation.labels is not None and validation.flagged is not None
-        scores = score_pairs(
-            self.classifier, validation.prompts, validation.responses, max_tokens=self.plan.token_budget
-        )
-        labels, flagged, categories = validation.labels, validation.flagged, self.classifier.taxonomy.categories
-        # rank 0's figures count: another machine may round them otherwise, and all ranks must take the same branch
-        metrics = on_main(
-            lambda: compute_metrics(labels, flagged, scores.probabilities, self.classifier.thresholds, categories)
-        )
-        value = metrics[name]
-        better = value is not None and (self.best is None or value > self.best)
+        """Judge the weights on the validation pairs, and report it."""
+        metrics, better = self.best.judge(step)
         run.record({"step": step, "eval": metrics, "best": better, "elapsed_seconds": time.monotonic() - self.started})
         shown = "  ".join(
             f"{key} {metrics[key]:.4f}" if metrics.get(key) is not None else f"{key} undefined"
-            for key in dict.fromkeys((name, "flagged/f1", "flagged/auroc", "log_loss"))
+            for key in dict.fromkeys((self.config.metric_for_best_model, "flagged/f1", "flagged/auroc", "log_loss"))
         )
         say(f"step {step}  validation: {shown}{'  best so far, saved' if better else ''}")
-        if better:
-            self.best, self.best_metrics = value, metrics
-            self.save_weights(step)
         return {f"eval/{key}": number for key, number in metrics.items()}
-
-    def save_weights(self, step: int) -> None:
-        """Write adapter or model with metadata and card."""
-        config, material, classifier = self.config, self.material, self.classifier
-        self.best_step = step
-        selection = "the last step"
-        if self.best_metrics is not None:
-            selection = f"best {config.metric_for_best_model} on validation data, at step {step}"
-        training = {
-            "training_data": _name_of_data(config.train_data_name_or_path),
-            "training_rows": material.training.annotations,
-            "training_pairs": len(material.training),
-            "training_fingerprint": self.identity["training data"],
-            "selection": selection,
-            "steps": self.plan.total_steps,
-            "pairs_per_step": self.plan.pairs_per_step,
-            "learning_rate": config.resolved_learning_rate,
-            "seed": config.seed,
-            "warnings": material.warnings,
-        }
-        if material.validation is not None:
-            training["validation_pairs"] = len(material.validation)
-            training["validation_fingerprint"] = self.identity["validation data"]
-        metadata = dataclasses.replace(classifier.metadata, training=training)
-        classifier.metadata = metadata
-
-        def write_more(directory: Path) -> None:
-            card = build_card(
-                metadata, classifier.thresholds, self.best_metrics, classifier.grown_embedding_rows, classifier.pad_id
-            )
-            write_text(directory / "README.md", card)
-            if self.best_metrics is not None:
-                write_json(directory / "validation_metrics.json", self.best_metrics)
-
-        classifier.save(self.output, metadata, write_more)
-
-
-def _name_of_data(spec: str) -> str:
-    """Return a data spec without the folders of local files."""
-    return " + ".join(Path(part).name if Path(part).is_file() else part for part in spec.split("+"))
 
 
 def _remaining(elapsed: float, done: int, left: int) -> str:

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from qlora_moderation.classifier import build_classifier
+from qlora_moderation.assembly import build_classifier
+from qlora_moderation.best import name_weights
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.data import write_pairs
 from qlora_moderation.distributed import is_main, on_main, processes, silent, world_size
 from qlora_moderation.errors import CheckpointError, ConfigError, Interrupted
-from qlora_moderation.loop import Loop, name_weights
+from qlora_moderation.loop import Loop
 from qlora_moderation.metrics import selecting_metrics
 from qlora_moderation.options import nearest
 from qlora_moderation.plan import (
@@ -32,8 +33,9 @@ from qlora_moderation.plan import (
 )
 from qlora_moderation.plots import plot_curves
 from qlora_moderation.prior import set_head_prior
-from qlora_moderation.run_directory import RunDirectory, Start, decide_start
+from qlora_moderation.run_directory import RunDirectory
 from qlora_moderation.sharding import check_nf4_bytes
+from qlora_moderation.start import Start, decide_start
 from qlora_moderation.taxonomy import Taxonomy, load_taxonomy
 from qlora_moderation.tracking import check_trackers
 
@@ -85,7 +87,7 @@ def _train(config: TrainConfig, device: torch.device, log: Log) -> Path:
     found = start.checkpoint
     state = None if found is None else on_main(lambda: loop.read_state(found))
     try:
-        run.open(start, facts)
+        run.open(start.checkpoint, facts)
         _learn(config, material, start, state, run, loop, log)
         run.set_status("finished", best=weights.name)
     except Interrupted as stop:

@@ -31,7 +31,8 @@ import numpy as np
 import torch
 
 from qlora_moderation.adapter import find_head
-from qlora_moderation.classifier import build_classifier, load_classifier
+from qlora_moderation.assembly import build_classifier
+from qlora_moderation.classifier import load_classifier
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.distributed import current_device, processes
 from qlora_moderation.embedded import build_tokenizer, render_texts

@@ -90,7 +90,7 @@ def theory(options, processes):
     """Return (ddp, fsdp) bytes a rank must send in a step of one micro-batch: gradients; weights twice and gradients."""
     import torch
 
-    from qlora_moderation.classifier import build_classifier
+    from qlora_moderation.assembly import build_classifier
     from qlora_moderation.config import TrainConfig
     from qlora_moderation.taxonomy import Taxonomy
 
@@ -105,7 +105,7 @@ def theory(options, processes):
 
 def load(options):
     """Return the highest memory of this process while it loads, above what the imports took: (all, anonymous) bytes."""
-    from qlora_moderation.classifier import build_classifier
+    from qlora_moderation.assembly import build_classifier
     from qlora_moderation.config import TrainConfig
     from qlora_moderation.distributed import gather_objects, processes
     from qlora_moderation.taxonomy import Taxonomy

@@ -25,7 +25,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from qlora_moderation.classifier import Classifier, build_classifier
+from qlora_moderation.assembly import build_classifier
+from qlora_moderation.classifier import Classifier
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.embedded import build_llama_shape, build_tokenizer, render_texts
 from qlora_moderation.sample import build_sample

@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import bench_sharding
 
 from qlora_moderation import distributed
-from qlora_moderation.classifier import Classifier, build_classifier
+from qlora_moderation.assembly import build_classifier
+from qlora_moderation.classifier import Classifier
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.distributed import is_main, processes, rank, world_size
 from qlora_moderation.errors import Interrupted, ModerationError

@@ -20,11 +20,11 @@ LAYERS = """
     tokenization
     batching layout
     distributed interruption staging
-    attention backbone adapter model loss memory sharding export classifier
+    attention backbone adapter model loss memory sharding export classifier assembly
     optim scoring prior checkpoint
     metrics baselines
     plots card report
-    tracking run_directory plan loop train
+    tracking run_directory start plan best loop train
     sample embedded
     merge evaluate moderation
     quickstart
