@@ -92,6 +92,8 @@ def find_damage(directory: Path) -> str | None:
         facts = None
     if not isinstance(facts, dict) or not all(isinstance(facts.get(key), kind) for key, kind in _FACTS.items()):
         return f"{STATE_FILE} is missing or damaged"
+    if not {"value", "metrics", "step"} <= facts["best"].keys() or "_last_lr" not in facts["scheduler"]:
+        return f"{STATE_FILE} is missing or damaged"
     for name, size in facts["files"].items():
         path = directory / name
         if not path.is_file():

@@ -71,8 +71,12 @@ class RunDirectory:
             checkpoint: where the run goes on from; None: it starts.
             processes: facts about the processes, for `environment.json`.
         """
-        on_main(lambda: self._open(checkpoint, processes))
-        check_shared(self.path)
+        try:
+            on_main(lambda: self._open(checkpoint, processes))
+            check_shared(self.path)
+        except BaseException:
+            self.close()
+            raise
 
     def _open(self, checkpoint: Path | None, processes: dict[str, Any]) -> None:
         with self._writing():

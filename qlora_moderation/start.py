@@ -45,7 +45,9 @@ class Start:
 
 
 def decide_start(config: TrainConfig, pairs_per_step: int) -> Start:
-    """Look at `output_dir` and decide whether the run starts, goes on, has ended, or must not touch it; writes nothing.
+    """Look at `output_dir` and decide whether the run starts, goes on, has ended, or must not touch it.
+
+    Nothing is written; weights that a kill left beside their place are put back.
 
     Args:
         config: names the directory, and says what happens to what it holds.

@@ -22,7 +22,6 @@ from qlora_moderation.metrics import selecting_metrics
 from qlora_moderation.options import nearest
 from qlora_moderation.plan import (
     Log,
-    Material,
     announce,
     apply_bf16,
     build_plan,
@@ -86,9 +85,9 @@ def _train(config: TrainConfig, device: torch.device, log: Log) -> Path:
     run, loop = RunDirectory(config), Loop(config, classifier, material, plan, log)
     found = start.checkpoint
     state = None if found is None else on_main(lambda: loop.read_state(found))
+    run.open(start.checkpoint, facts)
     try:
-        run.open(start.checkpoint, facts)
-        _learn(config, material, start, state, run, loop, log)
+        _learn(loop, run, start, state, log)
         run.set_status("finished", best=weights.name)
     except Interrupted as stop:
         run.set_status("interrupted, resumable", reason=str(stop))
@@ -110,25 +109,19 @@ def _train(config: TrainConfig, device: torch.device, log: Log) -> Path:
     return weights
 
 
-def _learn(
-    config: TrainConfig,
-    material: Material,
-    start: Start,
-    state: dict[str, Any] | None,
-    run: RunDirectory,
-    loop: Loop,
-    log: Log,
-) -> None:
-    run.write("audit.json", material.audit)
-    if is_main() and material.validation is not None and not config.eval_data_name_or_path:
-        write_pairs(run.path / "validation.jsonl", material.validation, loop.classifier.taxonomy)
+def _learn(loop: Loop, run: RunDirectory, start: Start, state: dict[str, Any] | None, log: Log) -> None:
+    """Take up the state of a checkpoint, if there is one, learn, and draw the curves."""
+    validation = loop.material.validation
+    run.write("audit.json", loop.material.audit)
+    if is_main() and validation is not None and not loop.config.eval_data_name_or_path:
+        write_pairs(run.path / "validation.jsonl", validation, loop.classifier.taxonomy)
     for note in start.notes:
         log(f"warning: {note}; going on from {start.checkpoint}")
     if start.checkpoint is not None and state is not None:
         loop.resume(start.checkpoint, state)
     loop.run(run)
     if is_main():
-        plot_curves(run.records(), config.metric_for_best_model, run.path / "curves.png")
+        plot_curves(run.records(), loop.config.metric_for_best_model, run.path / "curves.png")
 
 
 def _check(config: TrainConfig) -> tuple[Taxonomy, Start]:

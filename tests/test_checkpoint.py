@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -308,13 +309,16 @@ def test_two_runs_in_one_directory_are_refused(llama, rows_file, tmp_path, monke
         if not said:
             said.append("")
             with pytest.raises(CheckpointError, match="another run is writing here") as error:
-                train(config, silent)
+                train(dataclasses.replace(config, eval_strategy="steps", eval_steps=1), silent)
             said.append(str(error.value))
         return whole_step(self, step)
 
     monkeypatch.setattr(Loop, "take_step", meanwhile)
-    train(config, silent)
-    assert len(said) == 2
+    monkeypatch.setattr(
+        Loop, "evaluate", lambda self, step, run, say: said.append((run.path / "status.json").read_text()) or {}
+    )
+    train(dataclasses.replace(config, eval_strategy="steps", eval_steps=1), silent)
+    assert len(said) == 4 and '"running"' in said[2], "the second one leaves no trace"
 
 
 def test_a_disk_that_takes_nothing_more_is_named(llama, rows_file, tmp_path, monkeypatch):
