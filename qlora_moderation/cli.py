@@ -87,7 +87,7 @@ def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = Non
     try:
         job(config)
     except ModerationError as error:
-        return _report(error) if _speaks_first(str(error)) else 2
+        return _report_once(error)
     except Interrupted as stop:
         if not _speaker():
             print(stop, file=sys.stderr)
@@ -109,12 +109,17 @@ def _report_early(error: ModerationError) -> int:
     return 2
 
 
-def _speaks_first(message: str) -> bool:
+def _report_once(error: ModerationError) -> int:
+    """Report what several ranks may have met: once, by rank 0 where it is among them.
+
+    torchrun ends all processes with the first, so the ranks that have nothing to say wait for the one that has.
+    """
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        return True
+        return _report(error)
     from qlora_moderation.distributed import speaks_first
 
-    return speaks_first(message)
+    time.sleep(3 if isinstance(error, SaidByMainError) else 1 if _speaker() else 0)
+    return _report(error) if speaks_first(str(error)) else 2
 
 
 def _report(error: ModerationError) -> int:
@@ -135,7 +140,9 @@ def _report_fault(error: Exception) -> int:
         raise error
     lines = traceback.format_exception(error)
     if is_lost_contact(error):
-        lines = [f"lost contact with another rank, whose error stands in the same log ({lines[-1].strip()})"]
+        lines = [
+            f"lost contact with another rank, whose error, if it had one, stands in the same log ({lines[-1].strip()})"
+        ]
     print("".join(f"{_speaker() or '[rank 0] '}{line}\n" for line in "".join(lines).splitlines()), file=sys.stderr)
     return 1
 

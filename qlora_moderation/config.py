@@ -169,7 +169,9 @@ class TrainConfig:
         elif "full_shard" in words and "shard_grad_op" in words:
             faults.append(f"--fsdp {self.fsdp}: full_shard and shard_grad_op exclude each other; drop one")
         if words and self.sharding in ("none", "ddp"):
-            faults.append(f"--sharding {self.sharding} contradicts --fsdp {self.fsdp}; drop one")
+            faults.append(
+                f"--sharding {self.sharding} contradicts --fsdp {self.fsdp}; drop one (--fsdp none where a YAML file has it)"
+            )
         if self.offloads and self.resolved_sharding != "fsdp":
             faults.append("--fsdp_cpu_offload needs --sharding fsdp")
         unknown = set(self.report_to) - {"none", "tensorboard", "wandb", "trackio"}

@@ -126,11 +126,14 @@ def speaks_first(message: str) -> bool:
         return True
 
 
-def is_lost_contact(error: BaseException) -> bool:
-    """Say whether an error only tells that another rank has gone."""
-    text = str(error)
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
-    return isinstance(error, dist.DistNetworkError | dist.DistBackendError) or any(sign in text for sign in signs)
+def is_lost_contact(error: BaseException | None) -> bool:
+    """Say whether an error, or what it followed from, only tells that another rank has gone."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "gloo/transport", "NCCL communicator was aborted")
+    while error is not None:
+        if isinstance(error, dist.DistError | ConnectionError) or any(sign in str(error) for sign in signs):
+            return True
+        error = error.__context__
+    return False
 
 
 def patient_group() -> dist.ProcessGroup | None:

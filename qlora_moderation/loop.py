@@ -163,8 +163,8 @@ class Loop:
         self.log(f"going on from {directory.name} of {self.plan.total_steps} steps")
         if now != was:
             self.log(
-                f"it was written by {was['world_size']} processes with {was['threads']} threads, now there are "
-                f"{now['world_size']} with {now['threads']}: the run goes on exactly, but not bit for bit"
+                f"processes x threads were {was['world_size']} x {was['threads']} and are {now['world_size']} x "
+                f"{now['threads']}: the steps stay the same up to rounding, not bit for bit"
             )
 
     def take_step(self, step: int) -> dict[str, Any]:

@@ -146,8 +146,8 @@ def announce(config: TrainConfig, classifier: Classifier, material: Material, pl
     )
     log(f"sharding {classifier.sharding.kind}: {classifier.sharding.reason}")
     log(
-        f"steps {plan.total_steps} ({'max_steps' if config.max_steps > 0 else f'{config.num_train_epochs:g} epochs'} of "
-        f"{plan.steps_per_epoch} steps and {tokens:,} tokens each), {config.lr_scheduler_type} to "
+        f"steps {plan.total_steps} ({'max_steps' if config.max_steps > 0 else f'{config.num_train_epochs:g} epochs'}; an epoch "
+        f"has {plan.steps_per_epoch} steps and {tokens:,} tokens), {config.lr_scheduler_type} to "
         f"{config.resolved_learning_rate:g} with {warmup} steps of warm-up"
     )
     log(f"trainable {trainable:,} of {everything:,} weights ({trainable / everything:.2%})")

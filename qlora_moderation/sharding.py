@@ -98,7 +98,7 @@ def choose_sharding(config: TrainConfig, model: nn.Module, device: torch.device)
         kind = "ddp" if replica <= _REPLICA_SHARE * memory else "fsdp"
         reason = (
             f"a replica takes {replica / 2**30:.2f} GiB without activations, {'within' if kind == 'ddp' else 'beyond'} "
-            f"{_REPLICA_SHARE:.0%} of the {memory / 2**30:.1f} GiB that each process has"
+            f"{_REPLICA_SHARE:.0%} of the {memory / 2**30:.1f} GiB of {device.type} memory for each process"
         )
     else:
         reason = "asked for"

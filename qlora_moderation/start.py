@@ -158,8 +158,10 @@ def _find_differences(config: TrainConfig, pairs_per_step: int) -> list[str]:
             f"{path.with_name('environment.json')}: is of an older version; give another --output_dir"
         )
     if before != pairs_per_step:
+        each, rest = divmod(before * config.per_device_train_batch_size, pairs_per_step)
+        advice = f": for {before} give --per_device_train_batch_size {each}" if each and not rest else ""
         differing.append(
             f"number of pairs a step ({before}, now {pairs_per_step} = per_device_train_batch_size x "
-            "gradient_accumulation_steps x processes)"
+            f"gradient_accumulation_steps x processes{advice})"
         )
     return differing

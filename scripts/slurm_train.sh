@@ -26,7 +26,8 @@ export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))
 srun --kill-on-bad-exit=1 bash -c \
     'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec python scripts/train.py "$@"' train "$@"
 code=$?
-if [ "$code" = 143 ]; then
+# a job that was cancelled gets SIGTERM, too, and is no longer running
+if [ "$code" = 143 ] && [ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)" = RUNNING ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

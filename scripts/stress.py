@@ -1,7 +1,9 @@
 #!/usr/bin/env python
-"""The long campaigns: the whole grid of law 1, hundreds of kills of law 6. Prints what it had no time for.
+"""The long campaigns: the whole grid of law 1, hundreds of kills of law 6, learning in two processes.
 
-./scripts/stress.sh [--minutes M] [grid] [kills]
+    ./scripts/stress.sh [--minutes M] [grid] [kills] [bar]
+
+Prints what it had no time for.
 """
 
 import argparse

@@ -105,7 +105,7 @@ def measure(
     for processes in sorted({cell.processes for cell in waiting}):
         group = [cell for cell in waiting if cell.processes == processes]
         while group and time.monotonic() < until:
-            share, group = group[:6], group[6:]
+            share, group = group[:3], group[3:]
             cases = []
             for cell in share:
                 how = {"sharding": cell.sharding, "max_tokens_per_micro_batch": cell.budget, "method": method}

@@ -65,11 +65,14 @@ def learn_until(options: dict[str, Any], step: int, number: int, by: int = 0) ->
     return code, json.loads((Path(options["output_dir"]) / "status.json").read_text())["state"]
 
 
-def learn_with_full_disk(options: dict[str, Any], step: int, by: int) -> str:
+def learn_with_full_disk(options: dict[str, Any], step: int, by: int, file_bytes: int = 10**9) -> str:
     """Train; at `step` rank `by` gets no more room for a file than some bytes. Returns what the rank raised."""
     import resource
 
-    whole_step = Loop.take_step
+    from qlora_moderation import export
+
+    whole_step, kept = Loop.take_step, export.FILE_BYTES
+    export.FILE_BYTES = file_bytes
 
     def limited(self: Loop, now: int) -> dict[str, Any]:
         if now == step and rank() == by:
@@ -83,7 +86,7 @@ def learn_with_full_disk(options: dict[str, Any], step: int, by: int) -> str:
     except ModerationError as error:
         return f"{type(error).__name__}: {error}"
     finally:
-        Loop.take_step = whole_step
+        Loop.take_step, export.FILE_BYTES = whole_step, kept
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     return "no error"
 

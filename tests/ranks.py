@@ -12,8 +12,14 @@ import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
+_TESTS = Path(__file__).resolve().parent
+# the fork server imports before it hears of this process's path
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(_TESTS.parent), str(_TESTS), os.environ.get("PYTHONPATH")])
+)
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["qlora_moderation.train", "torch.distributed.checkpoint", "bitsandbytes", "rank_cases"]
@@ -62,6 +68,7 @@ def collect(ranks: list[tuple[Any, Any]], timeout: float = 180.0) -> list[Any]:
             try:
                 succeeded, value = connection.recv()
             except EOFError:
+                ranks[index][0].join(10)
                 succeeded, value = False, f"died with exit code {ranks[index][0].exitcode}"
             assert succeeded, f"rank {index}: {value}"
             results[index] = value

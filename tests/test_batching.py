@@ -65,6 +65,12 @@ def test_padded_ranks_differ_by_one_micro_batch_at_most():
         assert max(tokens) - min(tokens) <= max(budget, *lengths, 0)
 
 
+def test_no_rank_always_has_the_largest_micro_batch():
+    lengths = [4, 3, 2, 1]
+    ranks = micro_batches(lengths, 4, "packed", world_size=2)
+    assert [sum(lengths[i] for members in rank for i in members) for rank in ranks] == [5, 5]
+
+
 def test_padded_micro_batches_hold_texts_of_like_length():
     for case in CASES:
         lengths, budget, _ = random_case(case)

@@ -14,6 +14,7 @@ from kills import compare, without_times
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from qlora_moderation.best import Best
 from qlora_moderation.checkpoint import find_checkpoints
 from qlora_moderation.errors import CheckpointError
 from qlora_moderation.loop import Loop
@@ -65,6 +66,17 @@ def test_save_total_limit_keeps_the_newest(llama, rows_file, tmp_path):
     assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["step-000004", "step-000006"]
     with safe_open(next((tmp_path / "run/checkpoints/step-000006").glob("*.safetensors")), "pt") as file:
         assert len(file.keys()) > 20 and all("lora" in name or "score" in name for name in file.keys())  # noqa: SIM118
+
+
+def test_save_total_limit_never_removes_the_best(llama, rows_file, tmp_path, monkeypatch):
+    def judge(self, step):
+        if step == 2:
+            self.save(step)
+        return dict.fromkeys(("micro/average_precision", "flagged/f1"), 0.5), step == 2
+
+    monkeypatch.setattr(Best, "judge", judge)
+    train(make_config(llama, rows_file, tmp_path / "run", **options(save_total_limit=1, eval_steps=2)), silent)
+    assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["step-000002", "step-000006"]
 
 
 def test_a_run_directory_is_never_lost_by_accident(llama, rows_file, tmp_path):

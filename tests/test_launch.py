@@ -59,6 +59,9 @@ code=0
 for task in "${tasks[@]}"; do wait "$task" || code=$?; done
 exit "$code"
 """
+SQUEUE = """#!/usr/bin/env bash
+echo "${STATE:-RUNNING}"
+"""
 SCONTROL = """#!/usr/bin/env bash
 if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >>"$REQUEUED"; fi
 """
@@ -110,7 +113,7 @@ def test_a_configuration_error_is_said_once(llama, rows_file, tmp_path):
 
 
 def test_the_slurm_example_stops_early_and_goes_on(llama, rows_file, tmp_path):
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("squeue", SQUEUE)):
         path = tmp_path / name
         path.write_text(text)
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
