@@ -72,7 +72,7 @@ def test_save_total_limit_never_removes_the_best(llama, rows_file, tmp_path, mon
     def judge(self, step):
         if step == 2:
             self.save(step)
-        return dict.fromkeys(("micro/average_precision", "flagged/f1"), 0.5), step == 2
+        return dict.fromkeys(("micro/average_precision", "flagged/f1", "log_loss"), 0.5), step == 2
 
     monkeypatch.setattr(Best, "judge", judge)
     train(make_config(llama, rows_file, tmp_path / "run", **options(save_total_limit=1, eval_steps=2)), silent)
