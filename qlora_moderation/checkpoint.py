@@ -80,7 +80,7 @@ def remove_leftovers(run: Path, after: int) -> None:
 def find_checkpoints(run: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
     found = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    complete = (path for path in found if (path / STATE_FILE).is_file() and find_damage(path) is None)
+    complete = (path for path in found if find_damage(path) is None)
     return sorted(complete, key=lambda path: int(path.name[5:]))
 
 

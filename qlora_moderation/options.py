@@ -140,7 +140,7 @@ def load_options(cls: type[T], parser: argparse.ArgumentParser, argv: Sequence[s
     Raises:
         ConfigError: names every unknown key (with the nearest known one), every wrong value and every contradiction.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]  # T is a dataclass
     aliases = {alias: name for name, field in fields.items() for alias in field.metadata.get("aliases", ())}
     hints = typing.get_type_hints(cls)
     faults: list[str] = []

@@ -128,7 +128,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
     decoder, separator = json.JSONDecoder(), re.compile(r"[\s,]*")
     position, line, counted = text.index("[") + 1, 1, 0
     while True:
-        position = separator.match(text, position).end()  # type: ignore[union-attr]
+        position = separator.match(text, position).end()  # type: ignore[union-attr]  # `*` always matches
         line, counted = line + text.count("\n", counted, position), position
         if text[position : position + 1] == "]":
             rest = text[position + 1 :]
