@@ -205,6 +205,8 @@ def load_backbone(
             f"type {spec.config.model_type}?"
         )
     if quantization is not None:
+        if device.type == "cpu":
+            _refuse_misread_widths(model, spec.name)
         _set_compute_dtype(model, dtype)
     else:
         model.to(device)
@@ -254,6 +256,18 @@ def _set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
         else:
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(dtype)
+
+
+def _refuse_misread_widths(model: nn.Module, name: str) -> None:
+    """Refuse what bitsandbytes' CPU kernel (0.50.2) unpacks wrongly: it starts a new block of 64 with every row."""
+    import bitsandbytes
+
+    for key, module in model.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit) and module.in_features % 64:
+            raise CheckpointError(
+                f"{name}: {key} is {module.in_features} wide, no multiple of 64, which bitsandbytes misreads in NF4 on a CPU; "
+                "use a GPU, or --method lora"
+            )
 
 
 def _refuse_non_finite(model: nn.Module, name: str) -> None:

@@ -5,6 +5,7 @@ In: a training configuration, or a directory that training or merging wrote. Out
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
 from qlora_moderation import backbone as bb
@@ -26,6 +26,7 @@ from qlora_moderation.model import ModerationModel
 from qlora_moderation.sharding import Sharding
 from qlora_moderation.staging import replaced_whole
 from qlora_moderation.taxonomy import Taxonomy
+from qlora_moderation.tensor_files import OnlyWholeError, find_tensors
 from qlora_moderation.thresholds import Thresholds, load_thresholds
 from qlora_moderation.tokenization import TextEncoder, choose_pad_token, prepare_for_stock_use
 
@@ -122,6 +123,84 @@ def autocast_dtype(compute_dtype: torch.dtype) -> torch.dtype | None:
     return None if compute_dtype == torch.float32 else compute_dtype
 
 
+@dataclasses.dataclass(frozen=True)
+class OpenedModel:
+    """Everything of a model directory but its weights.
+
+    Attributes:
+        directory: the directory.
+        metadata: what the outputs mean.
+        spec: the backbone: an adapter's base, or the directory itself.
+        is_adapter: whether the weights are an adapter's.
+        tokenizer: the stock tokenizer, with its pad token set.
+        encoder: turns pairs into ids.
+        thresholds: stored with the model.
+    """
+
+    directory: Path
+    metadata: ModelMetadata
+    spec: bb.BackboneSpec
+    is_adapter: bool
+    tokenizer: PreTrainedTokenizerBase
+    encoder: TextEncoder
+    thresholds: Thresholds
+
+    @property
+    def taxonomy(self) -> Taxonomy:
+        """Categories and template."""
+        return self.metadata.taxonomy
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills padded rows."""
+        return int(self.tokenizer.pad_token_id)
+
+
+def open_model(path: str | Path, max_length: int | None = None, base_model: str | None = None) -> OpenedModel:
+    """Read everything of an adapter, full or merged directory but its weights.
+
+    Raises:
+        ModerationError: no such model, or its files do not go together.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise CheckpointError(f"{path}: no such directory; give an adapter, full or merged model directory")
+    inner = [name for name in ("merged", "adapter", "model") if (directory / name).is_dir()]
+    if inner and not (directory / "config.json").is_file() and not (directory / ADAPTER_FILE).is_file():
+        raise CheckpointError(f"{path}: is a run directory; give {directory / inner[0]}")
+    metadata = load_metadata(directory)
+    is_adapter = (directory / ADAPTER_FILE).is_file()
+    if is_adapter:
+        if metadata is None:
+            raise CheckpointError(f"{path}: an adapter without moderation_config.json; its meaning is unknown")
+        spec = _inspect_base(directory, base_model)
+    else:
+        spec = bb.inspect_backbone(str(directory))
+        if metadata is None:
+            metadata = _guess_metadata(spec)
+    taxonomy = metadata.taxonomy
+    length = max_length or metadata.max_length
+    check_max_length(spec, length)
+    tokenizer, encoder = open_tokenizer(str(directory), None, taxonomy, length)
+    stored = len(taxonomy.categories)
+    if not is_adapter and len(spec.config.id2label) != stored:
+        raise CheckpointError(f"{path}: its config.json has {len(spec.config.id2label)} labels, its taxonomy {stored}")
+    return OpenedModel(directory, metadata, spec, is_adapter, tokenizer, encoder, load_thresholds(directory, taxonomy))
+
+
+def _inspect_base(directory: Path, base_model: str | None) -> bb.BackboneSpec:
+    stored_settings = read_json(directory / ADAPTER_FILE)
+    if not isinstance(stored_settings, dict) or not stored_settings.get("base_model_name_or_path"):
+        raise CheckpointError(f"{directory / ADAPTER_FILE}: names no base model; copy the adapter again")
+    if not (directory / "adapter_model.safetensors").is_file():
+        raise CheckpointError(f"{directory}: adapter_model.safetensors is missing; copy the adapter again")
+    settings = PeftConfig.from_pretrained(str(directory))
+    name = base_model or str(settings.base_model_name_or_path)
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise CheckpointError(f"{directory}: its base model {name} is gone; name where it lies now")
+    return bb.inspect_backbone(name, settings.revision)
+
+
 def load_classifier(
     path: str | Path,
     dtype: str = "auto",
@@ -143,56 +222,26 @@ def load_classifier(
     Raises:
         ModerationError: no such model, or its files do not go together.
     """
-    directory = Path(path)
-    if not directory.is_dir():
-        raise CheckpointError(f"{path}: no such directory; give an adapter, full or merged model directory")
-    inner = [name for name in ("merged", "adapter", "model") if (directory / name).is_dir()]
-    if inner and not (directory / "config.json").is_file() and not (directory / ADAPTER_FILE).is_file():
-        raise CheckpointError(f"{path}: is a run directory; give {directory / inner[0]}")
     device = current_device(use_cpu)
     compute_dtype = bb.choose_dtype(dtype, device)
-    metadata = load_metadata(directory)
-    is_adapter = (directory / ADAPTER_FILE).is_file()
-    if is_adapter:
-        if metadata is None:
-            raise CheckpointError(f"{path}: an adapter without moderation_config.json; its meaning is unknown")
-        stored_settings = read_json(directory / ADAPTER_FILE)
-        if not isinstance(stored_settings, dict) or not stored_settings.get("base_model_name_or_path"):
-            raise CheckpointError(f"{directory / ADAPTER_FILE}: names no base model; copy the adapter again")
-        if not (directory / "adapter_model.safetensors").is_file():
-            raise CheckpointError(f"{path}: adapter_model.safetensors is missing; copy the adapter again")
-        settings = PeftConfig.from_pretrained(str(directory))
-        name = base_model or str(settings.base_model_name_or_path)
-        if Path(name).is_absolute() and not Path(name).is_dir():
-            raise CheckpointError(f"{path}: its base model {name} is gone; name where it lies now")
-        spec = bb.inspect_backbone(name, settings.revision)
-    else:
-        spec = bb.inspect_backbone(str(directory))
-        if metadata is None:
-            metadata = _guess_metadata(spec)
-    taxonomy = metadata.taxonomy
-    length = max_length or metadata.max_length
-    check_max_length(spec, length)
-    chosen, reason = bb.choose_layout(spec, layout, length)
-    tokenizer, encoder = open_tokenizer(str(directory), None, taxonomy, length)
-    quantization = metadata.quantization if is_adapter else None
-    stored = len(taxonomy.categories)
-    if not is_adapter and len(spec.config.id2label) != stored:
-        raise CheckpointError(f"{path}: its config.json has {len(spec.config.id2label)} labels, its taxonomy {stored}")
-    loaded = bb.load_backbone(spec, stored, compute_dtype, device, chosen, quantization)
+    opened = open_model(path, max_length, base_model)
+    chosen, reason = bb.choose_layout(opened.spec, layout, opened.encoder.max_length)
+    count = len(opened.taxonomy.categories)
+    quantization = opened.metadata.quantization if opened.is_adapter else None
+    loaded = bb.load_backbone(opened.spec, count, compute_dtype, device, chosen, quantization)
     network: Any = loaded.model
-    if not is_adapter and loaded.new_modules:
+    if not opened.is_adapter and loaded.new_modules:
         raise CheckpointError(f"{path}: holds no trained head ({', '.join(loaded.new_modules)} missing)")
-    rows = bb.fit_pad_token(network, int(tokenizer.pad_token_id))
-    if is_adapter:
-        set_label_names(network.config, taxonomy.categories)
-        network = load_adapter(network, directory)
-    elif spec.kind == "decoder":
-        _restore_head(network, directory)
+    rows = bb.fit_pad_token(network, opened.pad_id)
+    if opened.is_adapter:
+        set_label_names(network.config, opened.taxonomy.categories)
+        network = load_adapter(network, opened.directory)
+    elif opened.spec.kind == "decoder":
+        _restore_head(network, opened.directory)
     network.requires_grad_(False)
-    model = ModerationModel(network, spec.kind == "encoder", device, autocast_dtype(compute_dtype)).eval()
-    thresholds = load_thresholds(directory, taxonomy)
-    return Classifier(model, tokenizer, encoder, metadata, thresholds, chosen, reason, rows)
+    is_encoder = opened.spec.kind == "encoder"
+    model = ModerationModel(network, is_encoder, device, autocast_dtype(compute_dtype)).eval()
+    return Classifier(model, opened.tokenizer, opened.encoder, opened.metadata, opened.thresholds, chosen, reason, rows)
 
 
 def _guess_metadata(spec: bb.BackboneSpec) -> ModelMetadata:
@@ -206,10 +255,5 @@ def _guess_metadata(spec: bb.BackboneSpec) -> ModelMetadata:
 def _restore_head(model: Any, directory: Path) -> None:
     """Read the head again in fp32: a stock load rounds it to the type of the backbone."""
     model.score.float()
-    index = directory / "model.safetensors.index.json"
-    files = {read_json(index)["weight_map"].get("score.weight")} if index.is_file() else {"model.safetensors"}
-    for name in files - {None}:
-        path = directory / name
-        if path.is_file():
-            with safe_open(path, framework="pt") as file, torch.no_grad():
-                model.score.weight.copy_(file.get_tensor("score.weight"))
+    with contextlib.suppress(OnlyWholeError), torch.no_grad():
+        model.score.weight.copy_(find_tensors(str(directory))["score.weight"].read())

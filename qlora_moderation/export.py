@@ -15,10 +15,8 @@ from transformers import PreTrainedModel
 
 from qlora_moderation.backbone import quiet
 from qlora_moderation.distributed import gather_full, is_main, rank, world_size
-from qlora_moderation.metadata import write_json
 from qlora_moderation.model import ModerationModel
-
-FILE_BYTES = 2 * 10**9
+from qlora_moderation.tensor_files import FILE_BYTES, plan_files, write_index
 
 
 def write_weights(model: ModerationModel, directory: Path) -> None:
@@ -39,20 +37,10 @@ def write_weights(model: ModerationModel, directory: Path) -> None:
 def _write_slices(network: PreTrainedModel, directory: Path) -> None:
     """Write a sharded classifier, each file by another rank: none holds more than one file of whole tensors at a time."""
     tensors = network.state_dict()
-    files: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        bytes_ = tensor.numel() * tensor.element_size()
-        if files[-1] and size + bytes_ > FILE_BYTES:
-            files.append([])
-            size = 0
-        files[-1].append(name)
-        size += bytes_
-    places = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-    if len(files) == 1:
-        places = ["model.safetensors"]
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+    files = plan_files(sizes, FILE_BYTES)
     failure: Exception | None = None
-    for index, (place, names) in enumerate(zip(places, files, strict=True)):
+    for index, (place, names) in enumerate(files.items()):
         whole: dict[str, torch.Tensor] = {}
         for name in names:
             tensor = gather_full(tensors[name])
@@ -66,11 +54,12 @@ def _write_slices(network: PreTrainedModel, directory: Path) -> None:
     if failure is not None:
         raise OSError(str(failure))
     if is_main():
-        config = network.config
-        config.architectures, config.dtype = [type(network).__name__], next(iter(tensors.values())).dtype
-        config.save_pretrained(str(directory))
-        if len(files) > 1:
-            where = {name: place for place, names in zip(places, files, strict=True) for name in names}
-            total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-            index_file = {"metadata": {"total_size": total}, "weight_map": where}
-            write_json(directory / "model.safetensors.index.json", index_file)
+        write_config(network, directory, next(iter(tensors.values())).dtype)
+        write_index(directory, files, sum(sizes.values()))
+
+
+def write_config(network: PreTrainedModel, directory: Path, dtype: torch.dtype) -> None:
+    """Write the configuration of a classifier whose weights are written by us."""
+    config = network.config
+    config.architectures, config.dtype = [type(network).__name__], dtype
+    config.save_pretrained(str(directory))

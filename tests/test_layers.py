@@ -20,13 +20,15 @@ LAYERS = """
     tokenization
     batching layout
     distributed interruption staging
+    tensor_files nf4
     attention backbone adapter model loss memory sharding export classifier assembly
     optim scoring prior checkpoint
     metrics baselines
     plots card report
     tracking run_directory start plan best loop train
     sample embedded
-    merge evaluate moderation
+    merged_weights streaming whole_merge proof merge
+    evaluate moderation
     quickstart
     cli
 """

@@ -14,11 +14,14 @@ from transformers import AutoModelForSequenceClassification, pipeline
 from qlora_moderation.classifier import load_classifier
 from qlora_moderation.config import MergeConfig
 from qlora_moderation.errors import CheckpointError, ConfigError
-from qlora_moderation.merge import MergeError, merge_adapter
+from qlora_moderation.merge import merge_adapter
+from qlora_moderation.merged_weights import LoraUpdate
 from qlora_moderation.metadata import read_json
+from qlora_moderation.proof import MergeError
 from qlora_moderation.scoring import score_pairs
 from qlora_moderation.train import train
 
+REPORT_OF_EQUALS = {"compared": 1, "of": 1, "elements": 1, "different_elements": 0, "largest_excess": 0.0}
 QUESTIONS = [f"question {i} " * (i + 1) for i in range(8)]
 ANSWERS = ["an answer", "</s> <unk> <s>", "a\x00b", "ünï", "", "x " * 20, "Sure.", "{answer}"]
 
@@ -50,19 +53,17 @@ def test_merging_into_the_original_weights_is_reported_and_not_gated(runs, tmp_p
 
 
 def test_a_wrong_merge_fails_and_leaves_nothing(runs, tmp_path, monkeypatch):
-    import qlora_moderation.merge as module
+    """The proof on texts and the proof on tensors each notice it alone."""
+    import qlora_moderation.proof as proof
 
-    whole = module._unpack_nf4
-
-    def wrong(model):
-        whole(model)
-        for layer in model.model.layers:
-            layer.mlp.down_proj.weight.data *= 20
-
-    monkeypatch.setattr(module, "_unpack_nf4", wrong)
-    for dtype in ("float32", "bfloat16"):
-        with pytest.raises(MergeError, match="the merged model is not the trained one"):
-            merge_adapter(MergeConfig(str(runs["qlora"].weights), str(tmp_path / "m"), dtype=dtype), silent)
+    whole = LoraUpdate.apply
+    monkeypatch.setattr(LoraUpdate, "apply", lambda update, *rows: 20 * whole(update, *rows))
+    for tensors, message in ((True, "differ from those merged in memory"), (False, "is not the trained one")):
+        if not tensors:
+            monkeypatch.setattr(proof, "_compare_tensors", lambda *_: {**REPORT_OF_EQUALS})
+        for dtype in ("float32", "bfloat16"):
+            with pytest.raises(MergeError, match=message):
+                merge_adapter(MergeConfig(str(runs["qlora"].weights), str(tmp_path / "m"), dtype=dtype), silent)
     assert list(tmp_path.iterdir()) == []
 
 
