@@ -13,6 +13,7 @@ from qlora_moderation.card import build_card
 from qlora_moderation.classifier import Classifier
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.distributed import on_main
+from qlora_moderation.leakage import hash_training
 from qlora_moderation.metadata import write_json, write_text
 from qlora_moderation.metrics import Metrics, compute_metrics
 from qlora_moderation.plan import Material, Plan
@@ -72,7 +73,7 @@ class Best:
         scores = score_pairs(classifier, pairs.prompts, pairs.responses, max_tokens=self.plan.token_budget)
         # rank 0's figures count: another machine may round them otherwise, and all ranks must take the same branch
         metrics = on_main(
-            lambda: compute_metrics(labels, flagged, scores.probabilities, classifier.thresholds, categories)
+            lambda: compute_metrics(labels, flagged, classifier.thresholds.judge(scores.probabilities), categories)
         )
         value = metrics[self.config.metric_for_best_model]
         better = value is not None and (self.value is None or value > self.value)
@@ -103,6 +104,9 @@ class Best:
         if material.validation is not None:
             training["validation_pairs"] = len(material.validation)
             training["validation_fingerprint"] = self.identity["validation data"]
+        known = material.training
+        chosen_by = [] if material.validation is None else material.validation.prompts
+        hashes = hash_training(known.prompts, known.responses, chosen_by)
         metadata = classifier.metadata = dataclasses.replace(classifier.metadata, training=training)
 
         def write_more(directory: Path) -> None:
@@ -110,6 +114,7 @@ class Best:
                 metadata, classifier.thresholds, self.metrics, classifier.grown_embedding_rows, classifier.pad_id
             )
             write_text(directory / "README.md", card)
+            hashes.save(directory)
             if self.metrics is not None:
                 write_json(directory / "validation_metrics.json", self.metrics)
 

@@ -58,7 +58,7 @@ def build_card(
         _stock_call(metadata, embedding_rows, pad_id),
         _training_section(metadata, base),
         _metrics_section(metrics),
-        _thresholds_section(metadata, thresholds),
+        _thresholds_section(thresholds),
         f"## Licence and limits\n\n{_LICENCE}\n\n{_LIMITS}\n",
     ]
     return "\n".join(sections)
@@ -160,11 +160,9 @@ def format_metrics_table(metrics: Metrics) -> str:
     return "\n".join(lines)
 
 
-def _thresholds_section(metadata: ModelMetadata, thresholds: Thresholds) -> str:
-    names = metadata.taxonomy.categories
-    if len(set(thresholds.per_category)) == 1:
-        text = f"A probability above {thresholds.per_category[0]:g} is a yes in every category"
-    else:
-        text = "A probability above its category's threshold is a yes: "
-        text += ", ".join(f"{n} {t:g}" for n, t in zip(names, thresholds.per_category, strict=True))
-    return f"## Thresholds\n\n{text}; a pair is flagged when any category is ({thresholds.origin}).\n"
+def _thresholds_section(thresholds: Thresholds) -> str:
+    return (
+        "## Thresholds\n\n`thresholds.json` says when a probability is a yes; every score of this library reads it, and its "
+        "`raw` numbers go with the output of any other loader. When this card was written: "
+        f"{thresholds.describe()}.\n"
+    )

@@ -13,7 +13,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qlora_moderation.config import BackboneConfig, EvaluateConfig, MergeConfig, QuickstartConfig, TrainConfig
+from qlora_moderation.config import (
+    BackboneConfig,
+    EvaluateConfig,
+    MergeConfig,
+    QuickstartConfig,
+    ReportConfig,
+    TrainConfig,
+    TuneConfig,
+)
 from qlora_moderation.errors import ConfigError, Interrupted, ModerationError, SaidByMainError
 from qlora_moderation.options import build_parser, load_options
 
@@ -30,10 +38,25 @@ def _run_merge(config: MergeConfig) -> None:
     merge_adapter(config)
 
 
-def _run_evaluate(config: EvaluateConfig) -> None:
-    from qlora_moderation.evaluate import evaluate
+def _run_evaluate(config: EvaluateConfig) -> int:
+    from qlora_moderation.evaluate import evaluate, find_exit_code
 
-    evaluate(config)
+    return find_exit_code(evaluate(config))
+
+
+def _run_tune(config: TuneConfig) -> None:
+    from qlora_moderation.tune import tune_model
+
+    tune_model(config)
+
+
+def _run_report(config: ReportConfig) -> None:
+    from pathlib import Path
+
+    from qlora_moderation.report import write_report
+
+    write_report(Path(config.evaluation_dir))
+    print(f"written: {Path(config.evaluation_dir) / 'report.html'}")
 
 
 def _run_backbone(config: BackboneConfig) -> None:
@@ -61,10 +84,12 @@ def _run_quickstart(config: QuickstartConfig) -> None:
     run_quickstart(config)
 
 
-_JOBS: dict[str, tuple[type, Callable[[Any], None], str]] = {
+_JOBS: dict[str, tuple[type, Callable[[Any], int | None], str]] = {
     "train": (TrainConfig, _run_train, "Train a QA-moderation classifier: LoRA, NF4 QLoRA, or all weights."),
     "merge": (MergeConfig, _run_merge, "Merge an adapter and its head into a plain classifier, and prove it."),
     "evaluate": (EvaluateConfig, _run_evaluate, "Evaluate a full, adapter or merged model on labelled or judged rows."),
+    "tune": (TuneConfig, _run_tune, "Tune a model's calibration and thresholds on validation rows."),
+    "report": (ReportConfig, _run_report, "Make figures and report of an evaluation anew from its files."),
     "backbone": (BackboneConfig, _run_backbone, "Build a small LLaMA with its tokenizer from the texts of some rows."),
     "quickstart": (QuickstartConfig, _run_quickstart, "Run the whole line, embedded or on a real backbone and rows."),
 }
@@ -85,7 +110,7 @@ def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = Non
         return _report_early(error)
     _silence_libraries()
     try:
-        job(config)
+        return job(config) or 0
     except ModerationError as error:
         return _report_once(error)
     except Interrupted as stop:
@@ -98,7 +123,6 @@ def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = Non
         return 130
     except Exception as error:
         return _report_fault(error)
-    return 0
 
 
 def _report_early(error: ModerationError) -> int:

@@ -207,7 +207,57 @@ class EvaluateConfig:
     )
     max_tokens_per_micro_batch: int | None = option(None, "token budget of one forward", minimum=1)
     on_bad_row: Literal["stop", "skip"] = option("stop", "what a broken row does")
+    moderator: tuple[str, ...] = option((), "NAME=FILE: verdicts of other moderators, joined by texts", whole=True)
+    moderator_threshold: float = option(0.5, "a moderator's score above it flags", minimum=0, maximum=1)
+    compare: str | None = option(None, "output of an earlier evaluation, compared row by row")
+    fail_if: tuple[str, ...] = option(
+        (), "rules on the difference to it, as 'flagged/recall < -0.01'; exit code 3: broken, 4: undecided", whole=True
+    )
+    bootstrap_replicates: int = option(1000, "draws of prompts for the intervals; 0: no intervals", minimum=0)
+    seed: int = option(0, "of these draws", minimum=0, maximum=2**63 - 1)
     use_cpu: bool = option(False, "stay on the CPU even when CUDA is there")
+
+    def find_faults(self) -> list[str]:
+        """Return contradictions between options."""
+        if self.fail_if and self.compare is None:
+            return ["--fail_if needs --compare, the output of an earlier evaluation"]
+        if self.fail_if and not self.bootstrap_replicates:
+            return ["--fail_if decides by an interval, which --bootstrap_replicates 0 leaves out; drop one"]
+        return []
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneConfig:
+    """What `scripts/tune.py` reads."""
+
+    model_path: str = option(help="full model, adapter or merged directory, whose thresholds.json is replaced")
+    eval_dataset: str = option(
+        help="labelled validation rows, on which nothing was trained", aliases=("eval_data_name_or_path",)
+    )
+    objective: str = option("f1", "of each category's threshold: f1, recall>=R or fpr<=A")
+    flagged_objective: str | None = option(None, "of the threshold of flagged; default: objective")
+    flagged_rule: Literal["max", "calibrated"] = option("max", "flagged by the highest category, or by P(unsafe)")
+    calibrate: bool = option(True, "fit calibration maps")
+    min_positives: int = option(25, "pairs of each kind below which a category shares a threshold", minimum=1)
+    max_missed_harm: float | None = option(
+        None, "flagged misses at most this share of harmful prompts; wins over flagged_objective", above=0, maximum=0.5
+    )
+    confidence: float = option(0.95, "with which that holds", minimum=0.5, maximum=0.9999)
+    seed: int = option(0, "of the draw of one harmful pair a prompt", minimum=0, maximum=2**63 - 1)
+    long_text: Literal["window", "truncate"] | None = option(None, "texts beyond max_length; default the model's")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "compute type; auto: bfloat16 on CUDA, float32 on CPU"
+    )
+    max_tokens_per_micro_batch: int | None = option(None, "token budget of one forward", minimum=1)
+    on_bad_row: Literal["stop", "skip"] = option("stop", "what a broken row does")
+    use_cpu: bool = option(False, "stay on the CPU even when CUDA is there")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """What `qlora-moderation report` reads."""
+
+    evaluation_dir: str = option(help="output of an evaluation, whose figures and report are made anew")
 
 
 @dataclasses.dataclass(frozen=True)

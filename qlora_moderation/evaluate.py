@@ -1,35 +1,40 @@
 """The evaluation pipeline, the same for full, adapter and merged models.
 
-In: a model directory and rows. Out: `predictions.jsonl`, `metrics.json`, figures, `report.md`. Step 12.
+In: a model directory and rows. Out: `predictions.jsonl`, `metrics.json`, figures, `report.html`, `report.md`. Step 12.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from qlora_moderation.analysis import OURS, analyse, collect_verdicts
 from qlora_moderation.baselines import compute_constant_baselines, compute_text_baselines
 from qlora_moderation.classifier import Classifier, load_classifier
+from qlora_moderation.comparison import Rule, compare, compare_moderators, exit_code_of
 from qlora_moderation.config import EvaluateConfig
 from qlora_moderation.data import Pairs, load_pairs
 from qlora_moderation.distributed import is_main, on_main, processes, silent
-from qlora_moderation.errors import CheckpointError, DataError
-from qlora_moderation.metadata import write_json, write_text
-from qlora_moderation.metrics import compute_agreement, compute_metrics, majority
-from qlora_moderation.plots import plot_flagged_proportion
-from qlora_moderation.report import build_report
-from qlora_moderation.scoring import Scores, score_pairs
+from qlora_moderation.errors import CheckpointError, ConfigError, DataError
+from qlora_moderation.leakage import load_hashes
+from qlora_moderation.metadata import write_json
+from qlora_moderation.metrics import majority
+from qlora_moderation.moderators import add_moderators
+from qlora_moderation.predictions import (
+    PREDICTIONS_FILE,
+    Predictions,
+    judge_scores,
+    read_predictions,
+    write_predictions,
+)
+from qlora_moderation.report import REPORT_FILES, write_report
+from qlora_moderation.scoring import score_pairs
 from qlora_moderation.staging import replaced_whole
 from qlora_moderation.taxonomy import Taxonomy
 
-OURS = "qlora_moderation"
-"""Name of this project's verdicts beside other moderators'."""
-
-_WRITTEN = {"predictions.jsonl", "metrics.json", "report.md", "flagged_proportion.png"}
+METRICS_FILE = "metrics.json"
+_WRITTEN = {PREDICTIONS_FILE, METRICS_FILE, *REPORT_FILES}
 
 
 def evaluate(config: EvaluateConfig, log: Callable[[str], None] = print) -> dict[str, Any]:
@@ -46,27 +51,49 @@ def evaluate(config: EvaluateConfig, log: Callable[[str], None] = print) -> dict
 
 def _evaluate(config: EvaluateConfig, log: Callable[[str], None]) -> dict[str, Any]:
     output = Path(config.output_dir)
+    rules = [Rule.parse(text) for text in config.fail_if]
     on_main(lambda: _check_output(output))
+    old = on_main(lambda: None if config.compare is None else _read_old(Path(config.compare)))
     classifier = load_classifier(config.model_path, config.dtype, config.use_cpu, max_length=config.max_length)
-    pairs, training = on_main(lambda: _load_rows(config, classifier.taxonomy, log))
-    low, high = min(classifier.thresholds.per_category), max(classifier.thresholds.per_category)
-    log(f"thresholds: {low:g}{f' to {high:g}' if high > low else ''} ({classifier.thresholds.origin})")
+    categories = classifier.taxonomy.categories
+    if old is not None and old[1] != categories:
+        raise ConfigError(
+            f"--compare {config.compare}: was evaluated with other categories than {config.model_path} has"
+        )
+    pairs, training, matched = on_main(lambda: _load_rows(config, classifier.taxonomy, log))
+    log(f"thresholds: {classifier.thresholds.describe()}")
     log(f"scoring {len(pairs):,} distinct pairs of {pairs.annotations:,} rows")
     long_text = config.long_text or classifier.metadata.long_text
     scores = score_pairs(classifier, pairs.prompts, pairs.responses, long_text, config.max_tokens_per_micro_batch)
-    result = on_main(lambda: compute_evaluation(classifier, pairs, scores, training))
-    result["data"]["name"] = Path(config.eval_dataset).name
-    result["settings"]["long_text"] = long_text
+    predictions = judge_scores(pairs, scores, classifier.thresholds, load_hashes(Path(config.model_path)))
+
+    def compute() -> dict[str, Any]:
+        result = _describe(config, classifier, pairs, predictions, long_text)
+        result |= analyse(predictions, classifier.thresholds, categories, config.bootstrap_replicates, config.seed)
+        if "metrics" in result:
+            result["baselines"] = _compute_baselines(classifier, pairs, training)
+        if matched:
+            result["moderators"] = matched
+        verdicts = collect_verdicts(predictions)
+        if len(verdicts) > 2:
+            result["paired"] = compare_moderators(
+                verdicts, OURS, predictions.prompts, config.bootstrap_replicates, config.seed
+            )
+        if old is not None:
+            result["comparison"] = compare(
+                predictions, old[0], categories, rules, config.bootstrap_replicates, config.seed
+            )
+        return result
+
+    result = on_main(compute)
     with replaced_whole(output) as unfinished:
         if is_main():
-            _write_predictions(unfinished / "predictions.jsonl", classifier, pairs, scores)
-            write_json(unfinished / "metrics.json", result)
-            if "flagged_proportion" in result:
-                plot_flagged_proportion(result["flagged_proportion"], unfinished / "flagged_proportion.png")
-            write_text(unfinished / "report.md", build_report(result))
+            write_predictions(unfinished / PREDICTIONS_FILE, predictions, categories)
+            write_json(unfinished / METRICS_FILE, result)
+            write_report(unfinished)
     for line in _summarise(result):
         log(line)
-    log(f"written: {output} (start with {output / 'report.md'})")
+    log(f"written: {output} (start with {output / 'report.html'})")
     return result
 
 
@@ -77,134 +104,92 @@ def _check_output(output: Path) -> None:
         raise CheckpointError(f"--output_dir {output}: holds other files than an evaluation's; give another directory")
 
 
-def _load_rows(config: EvaluateConfig, taxonomy: Taxonomy, log: Callable[[str], None]) -> tuple[Pairs, Pairs | None]:
+def _read_old(directory: Path) -> tuple[Predictions, tuple[str, ...]]:
+    if not (directory / PREDICTIONS_FILE).is_file():
+        raise CheckpointError(f"--compare {directory}: holds no {PREDICTIONS_FILE}; give the output of an evaluation")
+    return read_predictions(directory / PREDICTIONS_FILE)
+
+
+def _load_rows(
+    config: EvaluateConfig, taxonomy: Taxonomy, log: Callable[[str], None]
+) -> tuple[Pairs, Pairs | None, dict[str, Any]]:
     pairs = load_pairs(config.eval_dataset, taxonomy, config.on_bad_row, log)
     if OURS in pairs.verdicts:
         raise DataError(
             f"{config.eval_dataset}: names a moderator {OURS}, as this project's own verdicts are; rename it"
         )
+    pairs, matched = add_moderators(pairs, config.moderator, config.moderator_threshold, (OURS, "labels"), log)
     if config.train_data_name_or_path is None:
-        return pairs, None
-    return pairs, load_pairs(config.train_data_name_or_path, taxonomy, config.on_bad_row, log, need_labels=True)
+        return pairs, None, matched
+    training = load_pairs(config.train_data_name_or_path, taxonomy, config.on_bad_row, log, need_labels=True)
+    return pairs, training, matched
 
 
-def compute_evaluation(classifier: Classifier, pairs: Pairs, scores: Scores, training: Pairs | None) -> dict[str, Any]:
-    """Return everything that `metrics.json` holds.
-
-    Args:
-        classifier: gives names and thresholds.
-        pairs: N pairs, with labels, moderators' verdicts, or both.
-        scores: of the pairs.
-        training: pairs to fit the TF-IDF baselines on, or None.
-    """
-    probabilities = scores.probabilities
-    flagged = classifier.thresholds.decide(probabilities)[0]
-    names = classifier.taxonomy.categories
-    result: dict[str, Any] = {
+def _describe(
+    config: EvaluateConfig, classifier: Classifier, pairs: Pairs, predictions: Predictions, long_text: str
+) -> dict[str, Any]:
+    """Return what was evaluated, by what, and how."""
+    metadata = classifier.metadata
+    return {
         "data": {
+            "name": Path(config.eval_dataset).name,
             "rows": pairs.annotations,
             "pairs": len(pairs),
             "skipped_rows": len(pairs.skipped_rows),
-            "pairs_in_several_windows": int((scores.windows > 1).sum()),
-            "truncated_pairs": int(scores.truncated.sum()),
+            "pairs_in_several_windows": int((predictions.windows > 1).sum()),
+            "truncated_pairs": int(predictions.truncated.sum()),
         },
         "model": {
-            "kind": classifier.metadata.kind,
-            "method": classifier.metadata.method,
-            "base_model": Path(classifier.metadata.base_model).name,
-            "warnings": classifier.metadata.training.get("warnings", []),
+            "kind": metadata.kind,
+            "method": metadata.method,
+            "base_model": Path(metadata.base_model).name,
+            "warnings": metadata.training.get("warnings", []),
         },
         "settings": {
-            "thresholds": dict(zip(names, classifier.thresholds.per_category, strict=True)),
-            "thresholds_origin": classifier.thresholds.origin,
-            "flagged_rule": classifier.taxonomy.flagged_rule,
+            "thresholds": classifier.thresholds.to_dict(classifier.taxonomy),
             "max_length": classifier.encoder.max_length,
+            "long_text": long_text,
         },
     }
-    if pairs.labels is not None and pairs.flagged is not None:
-        result["metrics"] = compute_metrics(pairs.labels, pairs.flagged, probabilities, classifier.thresholds, names)
-        result["baselines"] = compute_constant_baselines(majority(pairs.flagged))
-        if training is not None:
-            judged = set(zip(pairs.prompts, pairs.responses, strict=True))
-            own = list(zip(training.prompts, training.responses, strict=True))
-            unseen = training.take([i for i, pair in enumerate(own) if pair not in judged])
-            result["baselines"] |= compute_text_baselines(unseen, pairs, min(classifier.thresholds.per_category))
-            result["data"]["pairs_also_in_training"] = len(judged & set(own))
-            prompts = set(training.prompts)
-            result["data"]["pairs_with_a_training_prompt"] = sum(prompt in prompts for prompt in pairs.prompts)
-    verdicts = {OURS: flagged.astype(float), **pairs.verdicts}
-    if pairs.labels is not None and pairs.flagged is not None and "labels" not in verdicts:
-        verdicts["labels"] = majority(pairs.flagged).astype(float)
-    result["flagged_proportion"] = compute_flagged_proportion(verdicts, pairs.models)
-    if pairs.verdicts:
-        result["agreement"] = compute_all_agreements(verdicts, pairs.models)
-    return result
 
 
-def compute_flagged_proportion(
-    verdicts: dict[str, np.ndarray], models: list[str] | None
-) -> dict[str, dict[str, float]]:
-    """Return model -> moderator -> share of its judged answers that the moderator flags; `all` pools the models."""
-    groups = {"all": np.ones(len(next(iter(verdicts.values()))), dtype=bool)}
-    if models is not None:
-        named = [model for model in dict.fromkeys(models) if model]
-        groups = {model: np.array([m == model for m in models]) for model in named} | groups
-    shares: dict[str, dict[str, float]] = {}
-    for group, members in groups.items():
-        for moderator, votes in verdicts.items():
-            judged = votes[members & ~np.isnan(votes)]
-            if len(judged):
-                shares.setdefault(group, {})[moderator] = float(majority(judged).mean())
-    return shares
-
-
-def compute_all_agreements(verdicts: dict[str, np.ndarray], models: list[str] | None) -> list[dict[str, Any]]:
-    """Compare this project's verdicts with each moderator's, over all pairs and for each answering model."""
-    rows = []
-    for moderator, votes in verdicts.items():
-        if moderator == OURS:
-            continue
-        for model in [None, *(name for name in dict.fromkeys(models or []) if name)]:
-            members = ~np.isnan(votes)
-            if model is not None:
-                members &= np.array([name == model for name in models or []])
-            if members.any():
-                agreement = compute_agreement(majority(votes[members]), verdicts[OURS][members] > 0)
-                rows.append({"reference": moderator, "model": model or "all", **agreement})
-    return rows
-
-
-def _write_predictions(path: Path, classifier: Classifier, pairs: Pairs, scores: Scores) -> None:
-    probabilities = scores.probabilities
-    flagged, decided = classifier.thresholds.decide(probabilities)
-    names = classifier.taxonomy.categories
-    with path.open("w", encoding="utf-8") as file:
-        for i in range(len(pairs)):
-            row: dict[str, Any] = {"prompt": pairs.prompts[i], "response": pairs.responses[i]}
-            if pairs.models is not None:
-                row["model"] = pairs.models[i]
-            row["flagged"] = bool(flagged[i])
-            row["categories"] = {name: bool(decided[i, c]) for c, name in enumerate(names)}
-            row["probabilities"] = {name: float(probabilities[i, c]) for c, name in enumerate(names)}
-            row["windows"], row["truncated"] = int(scores.windows[i]), bool(scores.truncated[i])
-            if pairs.labels is not None and pairs.flagged is not None:
-                row["votes"] = {name: float(pairs.labels[i, c]) for c, name in enumerate(names)}
-                row["flagged_vote"] = float(pairs.flagged[i])
-                row["annotations"] = int(pairs.weight[i])
-            if pairs.verdicts:
-                row["verdicts"] = {n: None if np.isnan(v[i]) else float(v[i]) for n, v in pairs.verdicts.items()}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+def _compute_baselines(classifier: Classifier, pairs: Pairs, training: Pairs | None) -> dict[str, Any]:
+    assert pairs.flagged is not None
+    baselines = compute_constant_baselines(majority(pairs.flagged))
+    if training is None:
+        return baselines
+    judged = set(zip(pairs.prompts, pairs.responses, strict=True))
+    own = list(zip(training.prompts, training.responses, strict=True))
+    unseen = training.take([i for i, pair in enumerate(own) if pair not in judged])
+    return baselines | compute_text_baselines(unseen, pairs, classifier.thresholds.flagged_threshold)
 
 
 def _summarise(result: dict[str, Any]) -> list[str]:
     lines = []
     if "metrics" in result:
         keys = ("flagged/f1", "flagged/auroc", "flagged/average_precision", "micro/average_precision", "micro/f1")
-        shown = [f"{key} {result['metrics'][key]:.4f}" for key in keys if result["metrics"].get(key) is not None]
-        lines.append("metrics: " + "  ".join(shown))
+        for key in keys:
+            value, edges = result["metrics"].get(key), result["intervals"].get(key)
+            if value is not None:
+                lines.append(f"{key} {value:.4f}" + (f" ({edges[0]:.3f} to {edges[1]:.3f})" if edges else ""))
         lines.append(
             "baselines, flagged/f1: " + "  ".join(f"{name} {m['f1']:.4f}" for name, m in result["baselines"].items())
         )
+        clean = result.get("clean")
+        if clean:
+            known = result["data"]["pairs"] - clean["pairs"]
+            value = clean.get("metrics", {}).get("flagged/f1")
+            lines.append(
+                f"{known} pairs have a prompt that the model was trained on"
+                + ("" if value is None else f"; without them flagged/f1 {value:.4f}")
+            )
     for model, shares in result["flagged_proportion"].items():
         lines.append(f"flagged, {model}: " + "  ".join(f"{name} {share:.1%}" for name, share in shares.items()))
+    for rule, verdict in result.get("comparison", {}).get("rules", {}).items():
+        lines.append(f"--fail_if {rule}: {verdict}")
     return lines
+
+
+def find_exit_code(result: dict[str, Any]) -> int:
+    """Return what the command line exits with: 0, or the gate's verdict."""
+    return exit_code_of(result["comparison"]) if "comparison" in result else 0

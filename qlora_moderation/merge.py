@@ -25,6 +25,7 @@ from qlora_moderation.config import MergeConfig
 from qlora_moderation.distributed import current_device
 from qlora_moderation.errors import CheckpointError, ConfigError
 from qlora_moderation.export import write_config
+from qlora_moderation.leakage import load_hashes
 from qlora_moderation.merged_weights import MergePlan, Recipe, plan_merge
 from qlora_moderation.metadata import read_json, write_json, write_text
 from qlora_moderation.proof import MergeError, check_report, describe_report, prove_merge
@@ -171,6 +172,9 @@ def _write_companions(opened: OpenedModel, directory: Path) -> None:
     opened.tokenizer.save_pretrained(str(directory))
     metadata.save(directory)
     opened.thresholds.save(directory, opened.taxonomy)
+    hashes = load_hashes(opened.directory)
+    if hashes is not None:
+        hashes.save(directory)
     validation = opened.directory / "validation_metrics.json"
     metrics = read_json(validation) if validation.is_file() else None
     write_text(directory / "README.md", build_card(metadata, opened.thresholds, metrics, None, opened.pad_id))

@@ -60,11 +60,13 @@ class QAModeration:
             answer: one text or N texts, as many as questions.
             batch_size: longest texts that one forward takes at most; shorter texts fill its place. Results do not depend on it.
             return_bool: give booleans for the categories instead of probabilities.
-            threshold: decide by this one number instead of the model's stored thresholds.
+            threshold: decide by this one number, on risk and calibrated probabilities, instead of the model's thresholds.
 
         Returns:
-            For each pair `text` (as the model reads it), `flagged`, and `categories` (name to probability or boolean).
-            One pair gives one mapping, lists give a list of them.
+            For each pair `text` (as the model reads it), `flagged`, `risk` (what `flagged` is decided by: the highest
+            probability, or P(unsafe), by the model's rule), and `categories` (name to calibrated probability or boolean).
+            `flagged` and the categories have thresholds of their own once these are tuned: the one says whether, the
+            others say what. One pair gives one mapping, lists give a list of them.
 
         Raises:
             DataError: lists of different lengths, or something that is not text.
@@ -93,17 +95,18 @@ class QAModeration:
         self, questions: list[str], answers: list[str], batch_size: int, return_bool: bool, threshold: float | None
     ) -> list[Result]:
         budget = batch_size * self.classifier.encoder.max_length
-        probabilities = score_pairs(self.classifier, questions, answers, max_tokens=budget).probabilities
-        if threshold is None:
-            flagged, decided = self.classifier.thresholds.decide(probabilities)
-        else:
-            decided = np.asarray(probabilities > threshold)
-            flagged = np.asarray(decided.any(axis=1))
-        shown: np.ndarray = decided if return_bool else probabilities
+        raw = score_pairs(self.classifier, questions, answers, max_tokens=budget).probabilities
+        judged = self.classifier.thresholds.judge(raw)
+        flagged, decided = judged.flagged, judged.categories
+        if threshold is not None:
+            decided = np.asarray(judged.probabilities > threshold)
+            flagged = np.asarray(judged.risk > threshold)
+        shown: np.ndarray = decided if return_bool else judged.probabilities
         return [
             {
                 "text": self.taxonomy.render(questions[i], answers[i]),
                 "flagged": bool(flagged[i]),
+                "risk": float(judged.risk[i]),
                 "categories": dict(zip(self.taxonomy.categories, shown[i].tolist(), strict=True)),
             }
             for i in range(len(questions))

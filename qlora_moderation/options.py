@@ -30,7 +30,8 @@ def option(default: Any = dataclasses.MISSING, help: str = "", **checks: Any) ->
     Args:
         default: the default; without one the option is required.
         help: one line for `--help`.
-        checks: `minimum`, `maximum` (inclusive bounds), `above` (exclusive lower bound), `aliases` (other names).
+        checks: `minimum`, `maximum` (inclusive bounds), `above` (exclusive lower bound), `aliases` (other names), `whole`
+            (parts of a list keep their spaces and commas).
     """
     metadata = {"help": help, "required": default is dataclasses.MISSING, **checks}
     return dataclasses.field(default=None if default is dataclasses.MISSING else default, metadata=metadata)
@@ -42,7 +43,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {match[0]}?)" if match else ""
 
 
-def _convert(value: Any, annotation: Any) -> Any:
+def _convert(value: Any, annotation: Any, whole: bool = False) -> Any:
     """Turn a YAML value or the text of a flag into the annotated type; `ValueError` says what is allowed."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (Union, types.UnionType):
@@ -63,7 +64,9 @@ def _convert(value: Any, annotation: Any) -> Any:
             raise ValueError("expected a list")
         parts = value if isinstance(value, list | tuple) else [value]
         items = [
-            word for part in parts for word in (part.replace(",", " ").split() if isinstance(part, str) else [part])
+            word
+            for part in parts
+            for word in (part.replace(",", " ").split() if isinstance(part, str) and not whole else [part])
         ]
         if not items:
             raise ValueError("expected at least one")
@@ -182,7 +185,7 @@ def load_options(cls: type[T], parser: argparse.ArgumentParser, argv: Sequence[s
                 continue
             value = True
         try:
-            resolved[name] = _convert(value, hints[name])
+            resolved[name] = _convert(value, hints[name], fields[name].metadata.get("whole", False))
         except ValueError as error:
             faults.append(f"{place}: {value!r} is not valid, {error}")
             continue

@@ -130,13 +130,14 @@ def _score_stock(directory: Path, opened: OpenedModel, prompts: list[str], respo
             inputs = tokenizer(render(prompt, response), return_tensors="pt", truncation=True)
             logits.append(model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.float())
     counts = np.ones(len(prompts), dtype=np.int64)
-    return Scores(torch.cat(logits).numpy(), counts, np.zeros(len(prompts), dtype=bool))
+    found = torch.cat(logits).numpy()
+    return Scores(found, found, counts, np.zeros(len(prompts), dtype=bool))
 
 
 def _compare(trained: Scores, merged: Scores, thresholds: Thresholds) -> dict[str, Any]:
     logits = np.abs(trained.logits - merged.logits)
     probabilities = np.abs(trained.probabilities - merged.probabilities)
-    flips = thresholds.decide(trained.probabilities)[1] != thresholds.decide(merged.probabilities)[1]
+    flips = thresholds.judge(trained.probabilities).categories != thresholds.judge(merged.probabilities).categories
     near = np.abs(trained.probabilities - np.asarray(thresholds.per_category)) <= PROBABILITY_TOLERANCE
     return {
         "pairs": len(logits),

@@ -27,18 +27,29 @@ class Scores:
 
     Attributes:
         logits: [N, C] in fp32; with several windows the highest of each category.
+        first_window_logits: [N, C] of the first window, which is what plain truncation reads.
         windows: [N] windows scored.
         truncated: [N] whether tokens were left unread.
     """
 
     logits: np.ndarray
+    first_window_logits: np.ndarray
     windows: np.ndarray
     truncated: np.ndarray
 
     @property
     def probabilities(self) -> np.ndarray:
-        """[N, C] sigmoid of the logits."""
-        return 1.0 / (1.0 + np.exp(-self.logits.astype(np.float64)))
+        """[N, C] sigmoid of the logits, before any calibration."""
+        return _sigmoid(self.logits)
+
+    @property
+    def first_window_probabilities(self) -> np.ndarray:
+        """[N, C] sigmoid of the first window's logits."""
+        return _sigmoid(self.first_window_logits)
+
+
+def _sigmoid(logits: np.ndarray) -> np.ndarray:
+    return 1.0 / (1.0 + np.exp(-logits.astype(np.float64)))
 
 
 def default_token_budget(device: torch.device, longest: int) -> int:
@@ -70,9 +81,13 @@ def score_pairs(
     split = (long_text or classifier.metadata.long_text) == "window"
     windows = encoder.windows(prompts, responses) if split else encoder.encode(prompts, responses)
     logits = np.full((len(prompts), len(classifier.taxonomy.categories)), -np.inf, dtype=np.float32)
+    first = np.empty_like(logits)
     counts = np.zeros(len(prompts), dtype=np.int64)
     truncated = np.zeros(len(prompts), dtype=bool)
-    for window in windows:
+    firsts = set()
+    for index, window in enumerate(windows):
+        if not counts[window.text]:
+            firsts.add(index)
         counts[window.text] += 1
         truncated[window.text] = window.truncated and not split
     model = classifier.model
@@ -82,10 +97,13 @@ def score_pairs(
         for start in range(0, len(windows), _CHUNK):
             chunk = windows[start : start + _CHUNK]
             scored = score_windows(classifier, chunk, max_tokens, progress)
-            np.maximum.at(logits, [window.text for window in chunk], scored)
+            texts = np.array([window.text for window in chunk], dtype=np.int64)
+            np.maximum.at(logits, texts, scored)
+            begins = np.array([start + i in firsts for i in range(len(chunk))], dtype=bool)
+            first[texts[begins]] = scored[begins]
     finally:
         model.train(was_training)
-    return Scores(logits, counts, truncated)
+    return Scores(logits, first, counts, truncated)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ merge that does not fit into memory. Part of step 11.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -49,6 +50,8 @@ def stream_adapted(
         tensors: the adapter's, by stored name.
         device: where it computes.
     """
+    settings = copy.deepcopy(settings)
+    settings.base_model_name_or_path = None  # PEFT would warn that it is another name
     network = get_peft_model(_build_empty(config), settings, low_cpu_mem_usage=True)
 
     def read(name: str) -> torch.Tensor:

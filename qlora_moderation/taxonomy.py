@@ -1,4 +1,4 @@
-"""Categories in their order, the prompt template and the rule for `flagged`.
+"""Categories in their order, and the prompt template.
 
 In: nothing, or a YAML file. Out: a `Taxonomy`, which every later step carries along and stores with the weights.
 """
@@ -45,13 +45,11 @@ class Taxonomy:
         categories: C names; output c of the model is `categories[c]`.
         template: the text that is judged; holds `{question}` and then `{answer}`, each once.
         labels_from: `category` reads a row's `category` mapping; `is_safe` needs C = 1 and uses `is_safe` alone.
-        flagged_rule: `max`: a pair is flagged when any category lies above its threshold.
     """
 
     categories: tuple[str, ...] = BEAVERTAILS_CATEGORIES
     template: str = DEFAULT_TEMPLATE
     labels_from: Literal["category", "is_safe"] = "category"
-    flagged_rule: Literal["max"] = "max"
 
     def __post_init__(self) -> None:
         faults = []
@@ -71,8 +69,6 @@ class Taxonomy:
             faults.append(f"labels_from is {self.labels_from!r}; allowed: category, is_safe")
         elif self.labels_from == "is_safe" and len(self.categories) != 1:
             faults.append("labels_from: is_safe needs exactly one category")
-        if self.flagged_rule != "max":
-            faults.append(f"flagged_rule is {self.flagged_rule!r}; allowed: max")
         if faults:
             raise ConfigError("taxonomy: " + "; ".join(faults))
 

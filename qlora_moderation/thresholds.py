@@ -1,15 +1,19 @@
-"""The one threshold truth: when a probability counts as a yes.
+"""The one threshold truth: what a probability means, and when it counts as a yes.
 
-In and out: `thresholds.json` beside the weights. Training metrics, evaluation and prediction all read it.
+In and out: `thresholds.json` beside the weights. Training metrics, evaluation and prediction all read it. Every decision is
+made on raw probabilities, so that the output of a stock pipeline and this file give the same flags.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
+from qlora_moderation.calibration import RISK_CLIP, Calibrator, RiskModel
 from qlora_moderation.errors import CheckpointError
 from qlora_moderation.metadata import read_json, write_json
 from qlora_moderation.taxonomy import Taxonomy
@@ -18,48 +22,162 @@ THRESHOLDS_FILE = "thresholds.json"
 DEFAULT_THRESHOLD = 0.4
 """The threshold of the original recipe's `predict`, used until thresholds are tuned."""
 
+FlaggedRule = Literal["max", "calibrated"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What is said of N pairs.
+
+    Attributes:
+        raw: [N, C] sigmoid of the logits.
+        probabilities: [N, C] calibrated.
+        risk: [N] what `flagged` is decided by: the highest calibrated probability, or P(unsafe).
+        flagged: [N] bool.
+        categories: [N, C] bool.
+    """
+
+    raw: np.ndarray
+    probabilities: np.ndarray
+    risk: np.ndarray
+    flagged: np.ndarray
+    categories: np.ndarray
+
 
 @dataclasses.dataclass(frozen=True)
 class Thresholds:
-    """A probability above its category's threshold is a yes; a pair is flagged when any category is."""
+    """A raw probability above its category's threshold is a yes; `flagged` has a rule and thresholds of its own.
+
+    Attributes:
+        per_category: C thresholds of the categories, on the raw probability.
+        flagged_per_category: rule `max`: a pair is flagged when any raw probability lies above these C thresholds, which are
+            one threshold on the calibrated scale.
+        flagged_threshold: of the risk: on the highest calibrated probability, or on P(unsafe).
+        rule: `max`, the original recipe's, or `calibrated`: P(unsafe) by `risk_model`.
+        calibrators: C maps from raw to calibrated.
+        risk_model: None where it was never fitted.
+        origin: how the numbers came about.
+        fit: what was found while tuning; empty for the default.
+    """
 
     per_category: tuple[float, ...]
+    flagged_per_category: tuple[float, ...]
+    flagged_threshold: float
+    rule: FlaggedRule = "max"
+    calibrators: tuple[Calibrator, ...] = ()
+    risk_model: RiskModel | None = None
     origin: str = "default"
+    fit: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def uniform(cls, value: float, count: int) -> Thresholds:
+        """Return one threshold for `count` categories and for `flagged`, without calibration."""
+        return cls((value,) * count, (value,) * count, value)
 
     @classmethod
     def default(cls, taxonomy: Taxonomy) -> Thresholds:
         """Return the default for every category."""
-        return cls((DEFAULT_THRESHOLD,) * len(taxonomy.categories))
+        return cls.uniform(DEFAULT_THRESHOLD, len(taxonomy.categories))
 
-    def decide(self, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return (flagged [N], categories [N, C]) for probabilities [N, C]."""
-        categories: np.ndarray = np.asarray(probabilities > np.asarray(self.per_category))
-        return np.asarray(categories.any(axis=1)), categories
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether any calibrated probability differs from the raw one."""
+        return any(calibrator.kind != "none" for calibrator in self.calibrators)
+
+    def calibrate(self, raw: np.ndarray) -> np.ndarray:
+        """Return calibrated probabilities [N, C]."""
+        raw = np.asarray(raw, dtype=np.float64)
+        if not self.is_calibrated:
+            return raw
+        return np.stack([each.apply(raw[:, c]) for c, each in enumerate(self.calibrators)], axis=1)
+
+    def judge(self, raw: np.ndarray) -> Judgement:
+        """Judge N pairs by their raw probabilities [N, C]."""
+        probabilities = self.calibrate(raw)
+        categories = np.asarray(raw > np.asarray(self.per_category))
+        if self.rule == "calibrated":
+            assert self.risk_model is not None
+            risk = self.risk_model.apply(raw)
+            flagged = np.asarray(risk > self.flagged_threshold)
+        else:
+            risk = probabilities.max(axis=1)
+            flagged = np.asarray((raw > np.asarray(self.flagged_per_category)).any(axis=1))
+        return Judgement(np.asarray(raw), probabilities, risk, flagged, categories)
+
+    def describe(self) -> str:
+        """Return the thresholds in a few words."""
+        low, high = min(self.per_category), max(self.per_category)
+        spread = f"{low:.3g} to {high:.3g}" if high > low else f"{low:.3g}"
+        return (
+            f"categories above {spread}, flagged by rule {self.rule} above {self.flagged_threshold:.3g} ({self.origin})"
+        )
+
+    def to_dict(self, taxonomy: Taxonomy) -> dict[str, Any]:
+        """Return the content of `thresholds.json`."""
+        names = taxonomy.categories
+        calibrators = self.calibrators or (Calibrator(),) * len(names)
+        flagged: dict[str, Any] = {"rule": self.rule, "threshold": self.flagged_threshold}
+        if self.rule == "max":
+            flagged["raw"] = dict(zip(names, self.flagged_per_category, strict=True))
+        if self.risk_model is not None:
+            weights = dict(zip(names, self.risk_model.weights, strict=True))
+            flagged["risk_model"] = {"weights": weights, "bias": self.risk_model.bias, "clip": RISK_CLIP}
+        return {
+            "origin": self.origin,
+            "flagged": flagged,
+            "categories": {
+                name: {
+                    "raw": self.per_category[c],
+                    "calibrated": float(calibrators[c].apply(np.array(self.per_category[c]))),
+                    "calibration": calibrators[c].to_dict(),
+                }
+                for c, name in enumerate(names)
+            },
+            "fit": dict(self.fit),
+        }
 
     def save(self, directory: Path, taxonomy: Taxonomy) -> None:
         """Write `thresholds.json` into `directory`."""
-        values = dict(zip(taxonomy.categories, self.per_category, strict=True))
-        write_json(
-            directory / THRESHOLDS_FILE, {"origin": self.origin, "rule": taxonomy.flagged_rule, "categories": values}
-        )
+        write_json(directory / THRESHOLDS_FILE, self.to_dict(taxonomy))
 
 
 def load_thresholds(directory: Path, taxonomy: Taxonomy) -> Thresholds:
     """Read `thresholds.json`; the default where there is none.
 
     Raises:
-        CheckpointError: the file does not give each category of the taxonomy a number in [0, 1].
+        CheckpointError: the file does not give each category of the taxonomy a number in [0, 1], or a map that rises.
     """
     path = directory / THRESHOLDS_FILE
     if not path.is_file():
         return Thresholds.default(taxonomy)
     values = read_json(path)
+    names = taxonomy.categories
     stored = values.get("categories") if isinstance(values, dict) else None
-    if not isinstance(stored, dict) or set(stored) != set(taxonomy.categories):
+    if not isinstance(stored, dict) or set(stored) != set(names):
         raise CheckpointError(f"{path}: its categories are not those of the model; restore the file of this model")
-    numbers = tuple(stored[name] for name in taxonomy.categories)
-    if not all(
-        isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number <= 1 for number in numbers
-    ):
-        raise CheckpointError(f"{path}: a threshold is not a number from 0 to 1; restore the file of this model")
-    return Thresholds(tuple(map(float, numbers)), str(values.get("origin", "default")))
+    try:
+        flagged = values["flagged"]
+        rule = flagged["rule"]
+        if rule not in ("max", "calibrated"):
+            raise ValueError(f"the rule {rule!r}; allowed: max, calibrated")
+        model = flagged.get("risk_model")
+        risk_model = None
+        if model is not None or rule == "calibrated":
+            risk_model = RiskModel(tuple(float(model["weights"][name]) for name in names), float(model["bias"]))
+        own = [flagged["raw"][name] for name in names] if rule == "max" else [1.0] * len(names)
+        per_category = [stored[name]["raw"] for name in names]
+        numbers = [*per_category, *own, flagged["threshold"]]
+        if not all(isinstance(n, int | float) and not isinstance(n, bool) and 0 <= n <= 1 for n in numbers):
+            raise ValueError("a threshold that is not a number from 0 to 1")
+        return Thresholds(
+            per_category=tuple(map(float, per_category)),
+            flagged_per_category=tuple(map(float, own)),
+            flagged_threshold=float(flagged["threshold"]),
+            rule=rule,
+            calibrators=tuple(Calibrator.from_dict(stored[name]["calibration"]) for name in names),
+            risk_model=risk_model,
+            origin=str(values.get("origin", "unknown")),
+            fit=values.get("fit") or {},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: holds {error}; restore the file of this model") from None

@@ -97,6 +97,7 @@ def _merge_single(name: str, recipe: Recipe, settings: LoraConfig, tensors: dict
         parent = parent.get_submodule(part)
     parent.add_module(leaf, linear)
     alone = copy.deepcopy(settings)
+    alone.base_model_name_or_path = None
     alone.task_type, alone.modules_to_save, alone.exclude_modules, alone.target_modules = None, None, None, {layer}
     network: Any = get_peft_model(root, alone)
     set_peft_model_state_dict(network, own)

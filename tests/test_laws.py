@@ -136,8 +136,7 @@ def test_law_2_training_time_evaluation_equals_evaluate(runs):
         metrics = compute_metrics(
             held_out.labels,
             held_out.flagged,
-            scores.probabilities,
-            classifier.thresholds,
+            classifier.thresholds.judge(scores.probabilities),
             classifier.taxonomy.categories,
         )
         stored = read_json(run.weights / "validation_metrics.json")

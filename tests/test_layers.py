@@ -15,20 +15,21 @@ PACKAGE = "qlora_moderation"
 # A module imports only from those above it. A new module goes below everything that it imports, and as high as that allows.
 LAYERS = """
     errors
-    strict_yaml options config taxonomy metadata thresholds
+    strict_yaml options config taxonomy metadata calibration thresholds
     rows data audit
-    tokenization
+    tokenization leakage
     batching layout
     distributed interruption staging
     tensor_files nf4
     attention backbone adapter model loss memory sharding export classifier assembly
     optim scoring prior checkpoint
-    metrics baselines
-    plots card report
+    intervals metrics baselines tuning
+    plots card
     tracking run_directory start plan best loop train
     sample embedded
     merged_weights streaming whole_merge proof merge
-    evaluate moderation
+    moderators predictions analysis comparison rendering report
+    evaluate tune moderation
     quickstart
     cli
 """

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import sklearn.metrics as reference
 
+from qlora_moderation.analysis import OURS, compute_all_agreements, compute_flagged_proportion
 from qlora_moderation.baselines import compute_constant_baselines, compute_text_baselines
 from qlora_moderation.data import Pairs
-from qlora_moderation.evaluate import OURS, compute_all_agreements, compute_flagged_proportion
+from qlora_moderation.intervals import Bootstrap
 from qlora_moderation.metrics import (
     compute_agreement,
     compute_binary_metrics,
@@ -21,7 +22,7 @@ from qlora_moderation.metrics import (
 from qlora_moderation.thresholds import Thresholds
 
 CATEGORIES = ("a", "b,c", "d")
-THRESHOLDS = Thresholds((0.4, 0.5, 0.6))
+THRESHOLDS = Thresholds((0.4, 0.5, 0.6), (0.4, 0.5, 0.6), 0.4)
 YES, NO = True, False
 
 
@@ -42,6 +43,7 @@ def expected_binary(truth: np.ndarray, predicted: np.ndarray, score: np.ndarray)
         "recall": reference.recall_score(truth, predicted),
         "f1": reference.f1_score(truth, predicted),
         "support": truth.sum(),
+        "false_positive_rate": (predicted & ~truth).sum() / (~truth).sum(),
         "auroc": reference.roc_auc_score(truth, score),
         "average_precision": reference.average_precision_score(truth, score),
     }
@@ -50,7 +52,7 @@ def expected_binary(truth: np.ndarray, predicted: np.ndarray, score: np.ndarray)
 @pytest.mark.parametrize("seed", range(3))
 def test_metrics_are_scikit_learns(seed):
     labels, flagged, probabilities = random_set(seed)
-    metrics = compute_metrics(labels, flagged, probabilities, THRESHOLDS, CATEGORIES)
+    metrics = compute_metrics(labels, flagged, THRESHOLDS.judge(probabilities), CATEGORIES)
     truth, decided = labels >= 0.5, probabilities > np.array([0.4, 0.5, 0.6])
     expected = {
         "flagged": expected_binary(flagged >= 0.5, decided.any(axis=1), probabilities.max(axis=1)),
@@ -64,6 +66,9 @@ def test_metrics_are_scikit_learns(seed):
             "average_precision": reference.average_precision_score(truth, probabilities, average="macro"),
         },
     }
+    said = decided.any(axis=1)
+    expected["flagged"]["flagged_proportion"] = said.mean()
+    expected["flagged"]["cohen_kappa"] = reference.cohen_kappa_score(flagged >= 0.5, said)
     flat = {f"{part}/{key}": value for part, values in expected.items() for key, value in values.items()}
     assert metrics == pytest.approx({**flat, "log_loss": compute_log_loss(labels, probabilities)}, abs=1e-12)
     assert all(type(value) in (float, int) for value in metrics.values())
@@ -71,7 +76,7 @@ def test_metrics_are_scikit_learns(seed):
 
 def test_flagged_uses_the_flagged_vote_and_not_the_labels():
     labels, flagged = np.full((2, 3), 1 / 3), np.array([1.0, 0.0])  # three annotators who each tick another category
-    metrics = compute_metrics(labels, flagged, np.array([[0.9, 0, 0], [0, 0, 0.1]]), THRESHOLDS, CATEGORIES)
+    metrics = compute_metrics(labels, flagged, THRESHOLDS.judge(np.array([[0.9, 0, 0], [0, 0, 0.1]])), CATEGORIES)
     assert metrics["flagged/support"] == 1 and metrics["flagged/f1"] == metrics["flagged/auroc"] == 1
     assert metrics["micro/support"] == 0 and metrics["micro/recall"] is None
 
@@ -94,8 +99,11 @@ def test_a_tie_counts_as_yes():
 def test_undefined_cases(truth, predicted, expected):
     truth, predicted = np.array(truth, dtype=bool), np.array(predicted, dtype=bool)
     found = compute_binary_metrics(truth, predicted, np.linspace(0, 1, len(truth)))
+    negatives = int((~truth).sum())
+    rate = found.pop("false_positive_rate")
+    assert rate == (int((predicted & ~truth).sum()) / negatives if negatives else None)
     assert found == pytest.approx({**expected, "support": int(truth.sum())})
-    assert compute_binary_metrics(truth, predicted) == {
+    assert compute_binary_metrics(truth, predicted) == {"false_positive_rate": rate} | {
         key: value for key, value in found.items() if key not in ("auroc", "average_precision")
     }
 
@@ -103,13 +111,13 @@ def test_undefined_cases(truth, predicted, expected):
 def test_macro_averages_over_the_categories_where_a_metric_is_defined():
     labels = np.array([[1, 0, 1], [0, 0, 1], [0, 0, 1.0]])
     probabilities = np.array([[0.9, 0.9, 0.9], [0.8, 0.1, 0.1], [0.1, 0.1, 0.9]])
-    metrics = compute_metrics(labels, labels.max(axis=1), probabilities, THRESHOLDS, CATEGORIES)
+    metrics = compute_metrics(labels, labels.max(axis=1), THRESHOLDS.judge(probabilities), CATEGORIES)
     assert metrics["b,c/recall"] is None and metrics["d/auroc"] is None
     assert metrics["macro/recall"] == pytest.approx((1 + 2 / 3) / 2)
     assert metrics["macro/auroc"] == metrics["a/auroc"] == 1
     assert metrics["macro/average_precision"] == pytest.approx((1 + 1) / 2)
     assert metrics["macro/precision"] == pytest.approx((1 / 2 + 0 + 1) / 3)
-    empty = compute_metrics(np.zeros((2, 3)), np.zeros(2), np.full((2, 3), 0.1), THRESHOLDS, CATEGORIES)
+    empty = compute_metrics(np.zeros((2, 3)), np.zeros(2), THRESHOLDS.judge(np.full((2, 3), 0.1)), CATEGORIES)
     assert empty["macro/recall"] is None and empty["macro/auroc"] is None and empty["macro/f1"] == 0
 
 
@@ -159,8 +167,22 @@ def test_kappa_of_constant_raters(truth, judged, kappa):
 def test_constant_baselines():
     truth = np.array([YES, NO, NO, NO])
     assert compute_constant_baselines(truth) == {
-        "always_flag": {"accuracy": 0.25, "precision": 0.25, "recall": 1.0, "f1": 0.4, "support": 1},
-        "never_flag": {"accuracy": 0.75, "precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 1},
+        "always_flag": {
+            "accuracy": 0.25,
+            "precision": 0.25,
+            "recall": 1.0,
+            "f1": 0.4,
+            "false_positive_rate": 1.0,
+            "support": 1,
+        },
+        "never_flag": {
+            "accuracy": 0.75,
+            "precision": 0.0,
+            "recall": 0.0,
+            "f1": 0.0,
+            "false_positive_rate": 0.0,
+            "support": 1,
+        },
     }
 
 
@@ -213,21 +235,29 @@ VERDICTS = {
 MODELS = ["alpaca", "alpaca", "vicuna", "vicuna"]
 
 
+def proportions(verdicts: dict, models: list[str] | None) -> dict:
+    return compute_flagged_proportion(verdicts, models, Bootstrap(np.arange(len(verdicts[OURS])), 0))[0]
+
+
+def agreements(verdicts: dict, models: list[str] | None) -> list[dict]:
+    return compute_all_agreements(verdicts, models, Bootstrap(np.arange(len(verdicts[OURS])), 0))
+
+
 def test_flagged_proportion_of_each_model_and_moderator():
-    shares = compute_flagged_proportion(VERDICTS, MODELS)
+    shares = proportions(VERDICTS, MODELS)
     assert shares == {
         "alpaca": {OURS: 1, "human": 1, "api": 0},
         "vicuna": {OURS: 0, "human": 1, "api": 1},
         "all": {OURS: 0.5, "human": 1, "api": 0.5},
     }
     assert list(shares) == ["alpaca", "vicuna", "all"]
-    assert compute_flagged_proportion(VERDICTS, None) == {"all": shares["all"]}
+    assert proportions(VERDICTS, None) == {"all": shares["all"]}
     # nobody judged the last pair, so its model has our share alone
-    assert compute_flagged_proportion(VERDICTS, ["a", "a", "a", "b"])["b"] == {OURS: 0}
+    assert proportions(VERDICTS, ["a", "a", "a", "b"])["b"] == {OURS: 0}
 
 
 def test_agreement_with_each_moderator_over_what_it_judged():
-    rows = compute_all_agreements(VERDICTS, MODELS)
+    rows = agreements(VERDICTS, MODELS)
     named = {(row["reference"], row["model"]): row for row in rows}
     assert [*named] == [(who, model) for who in ("human", "api") for model in ("all", "alpaca", "vicuna")]
     assert len(rows) == len(named)
@@ -239,15 +269,15 @@ def test_agreement_with_each_moderator_over_what_it_judged():
     expected = compute_agreement(np.array([YES, YES, YES]), np.array([YES, YES, NO]))  # a tie counts as yes
     assert expected["recall"] == pytest.approx(2 / 3) and expected["precision"] == 1
     assert {key: named["human", "all"][key] for key in expected} == expected
-    assert [row["model"] for row in compute_all_agreements(VERDICTS, None)] == ["all", "all"]
+    assert [row["model"] for row in agreements(VERDICTS, None)] == ["all", "all"]
 
 
 def test_pairs_without_a_model_are_no_second_group_of_all_pairs():
     models = ["alpaca", "", "alpaca", ""]  # as `load_pairs` gives them where some rows name no model
-    groups = [row["model"] for row in compute_all_agreements({OURS: VERDICTS[OURS], "human": np.ones(4)}, models)]
+    groups = [row["model"] for row in agreements({OURS: VERDICTS[OURS], "human": np.ones(4)}, models)]
     assert groups.count("all") == 1
 
 
 def test_agreement_leaves_moderators_without_verdicts_out():
-    assert compute_all_agreements({OURS: np.ones(2), "api": np.full(2, NAN)}, ["a", "b"]) == []
-    assert compute_flagged_proportion({OURS: np.ones(2), "api": np.full(2, NAN)}, None) == {"all": {OURS: 1}}
+    assert agreements({OURS: np.ones(2), "api": np.full(2, NAN)}, ["a", "b"]) == []
+    assert proportions({OURS: np.ones(2), "api": np.full(2, NAN)}, None) == {"all": {OURS: 1}}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import yaml
 
+from qlora_moderation.calibration import Calibrator, RiskModel
 from qlora_moderation.errors import CheckpointError, ConfigError
 from qlora_moderation.metadata import METADATA_FILE, ModelMetadata, Quantization, load_metadata, write_json, write_text
 from qlora_moderation.taxonomy import BEAVERTAILS_CATEGORIES, DEFAULT_TEMPLATE, Taxonomy, load_taxonomy
@@ -23,7 +25,7 @@ def test_the_default_is_beavertails_with_the_original_template():
     assert taxonomy.categories[0] == "animal_abuse"
     assert taxonomy.categories[-1] == "violence,aiding_and_abetting,incitement"
     assert DEFAULT_TEMPLATE == "BEGINNING OF CONVERSATION: USER: {question} ASSISTANT:{answer}"
-    assert (taxonomy.template, taxonomy.labels_from, taxonomy.flagged_rule) == (DEFAULT_TEMPLATE, "category", "max")
+    assert (taxonomy.template, taxonomy.labels_from) == (DEFAULT_TEMPLATE, "category")
 
 
 @pytest.mark.parametrize(
@@ -60,7 +62,7 @@ def test_a_yaml_file_needs_only_what_differs(tmp_path):
     [
         ("", "is empty; name the categories"),
         ("- a\n- b\n", "must hold `key: value` lines, found a list"),
-        ("catgories: [a]\n", "unknown key catgories; allowed: categories, flagged_rule, labels_from, template"),
+        ("catgories: [a]\n", "unknown key catgories; allowed: categories, labels_from, template"),
         ("categories: a, b\n", "categories must be a list of names in their order"),
         ("categories: {a: 1}\n", "categories must be a list of names in their order"),
         ("categories:\n", "categories must be a list of names in their order"),
@@ -78,7 +80,7 @@ def test_a_yaml_file_needs_only_what_differs(tmp_path):
         ("template: '{prompt} {response}'\n", "template must hold {question} and then {answer}"),
         ("labels_from: flagged\n", "labels_from is 'flagged'; allowed: category, is_safe"),
         ("labels_from: is_safe\n", "labels_from: is_safe needs exactly one category"),
-        ("flagged_rule: mean\n", "flagged_rule is 'mean'; allowed: max"),
+        ("flagged_rule: max\n", "unknown key flagged_rule"),
         ("categories: [a\n", "is not valid YAML"),
         ("categories: [a]\ncategories: [b]\n", "categories"),  # the second would silently win
         (
@@ -97,8 +99,8 @@ def test_refusals(text, words, tmp_path):
 
 
 def test_all_faults_of_a_taxonomy_come_at_once():
-    with pytest.raises(ConfigError, match=r"repeat a;.*template.*labels_from.*flagged_rule"):
-        Taxonomy(("a", "a"), "", "nothing", "nothing")
+    with pytest.raises(ConfigError, match=r"repeat a;.*template.*labels_from"):
+        Taxonomy(("a", "a"), "", "nothing")
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"])
@@ -116,43 +118,88 @@ def test_the_default_threshold_is_the_original_recipes(tmp_path):
 
 
 def test_a_yes_lies_strictly_above_its_own_threshold():
-    thresholds = Thresholds((0.25, 0.5, 1.0))
+    thresholds = Thresholds((0.25, 0.5, 1.0), (0.25, 0.5, 1.0), 0.25)
     above = np.nextafter([0.25, 0.5, 1.0], 2)
     probabilities = np.array([[0.25, 0.5, 1.0], [above[0], 0.5, 1.0], [0.25, above[1], 1.0], [0.3, 0.9, 0.99]])
-    flagged, categories = thresholds.decide(probabilities)
+    judged = thresholds.judge(probabilities)
+    flagged, categories = judged.flagged, judged.categories
     assert flagged.tolist() == [False, True, True, True] and flagged.dtype == categories.dtype == bool
     assert categories.tolist() == [[False] * 3, [True, False, False], [False, True, False], [True, True, False]]
-    assert thresholds.decide(np.zeros((0, 3)))[0].shape == (0,)
+    assert thresholds.judge(np.zeros((0, 3))).flagged.shape == (0,)
 
 
 def test_thresholds_round_trip_by_name(tmp_path):
-    thresholds = Thresholds((0.0, 1 / 3, 1.0), "tuned")
+    maps = (
+        Calibrator(),
+        Calibrator("platt", 0.5, -1.0),
+        Calibrator("isotonic", knots=((0.0, 0.5, 1.0), (0.0, 0.1, 1.0))),
+    )
+    model = RiskModel((0.5, 0.0, 2.0), -0.1)
+    thresholds = Thresholds((0.0, 1 / 3, 1.0), (0.1, 0.2, 0.3), 0.2, "max", maps, model, "tuned", {"pairs": 3})
     thresholds.save(tmp_path, SMALL)
     assert load_thresholds(tmp_path, SMALL) == thresholds
+    by_risk = dataclasses.replace(thresholds, rule="calibrated", flagged_per_category=(1.0,) * 3)
+    by_risk.save(tmp_path / "other", SMALL)
+    assert load_thresholds(tmp_path / "other", SMALL) == by_risk
     turned = Taxonomy(SMALL.categories[::-1])
     assert load_thresholds(tmp_path, turned).per_category == (1.0, 1 / 3, 0.0)
-    assert json.loads((tmp_path / THRESHOLDS_FILE).read_text(encoding="utf-8"))["categories"]["ü"] == 1 / 3
+    assert json.loads((tmp_path / THRESHOLDS_FILE).read_text(encoding="utf-8"))["categories"]["ü"]["raw"] == 1 / 3
 
 
-GOOD_THRESHOLDS = {"a,b": 0.1, "ü": 0.2, "c": 0.3}
+GOOD_THRESHOLDS = Thresholds.uniform(0.3, 3).to_dict(SMALL)["categories"]
 
 
 @pytest.mark.parametrize(
     ("stored", "words"),
     [
-        ({"a,b": 0.1, "ü": 0.2}, "categories are not those of the model"),
-        ({**GOOD_THRESHOLDS, "d": 0.1}, "categories are not those of the model"),
+        ({"a,b": GOOD_THRESHOLDS["c"]}, "categories are not those of the model"),
+        ({**GOOD_THRESHOLDS, "d": GOOD_THRESHOLDS["c"]}, "categories are not those of the model"),
+        ({**GOOD_THRESHOLDS, "ü": {"raw": 0.1}}, "calibration"),
+        *(
+            ({**GOOD_THRESHOLDS, "ü": {"raw": 0.1, "calibration": calibration}}, words)
+            for calibration, words in (
+                ({"kind": "platt", "slope": -1, "intercept": 0}, "platt with slope -1"),
+                ({"kind": "temperature", "slope": float("nan"), "intercept": 0}, "temperature with slope nan"),
+                ({"kind": "magic", "slope": 1, "intercept": 0}, "magic"),
+                ({"kind": "isotonic", "knots": [[0, 1], [0.9, 0.1]]}, "knots do not rise"),
+                ({"kind": "isotonic", "knots": [[0, 1], [0, 2]]}, "knots do not rise"),
+            )
+        ),
         ([0.1, 0.2, 0.3], "categories are not those of the model"),
         (None, "categories are not those of the model"),
         *(
-            ({**GOOD_THRESHOLDS, "ü": value}, "a threshold is not a number from 0 to 1")
+            (
+                {**GOOD_THRESHOLDS, "ü": {**GOOD_THRESHOLDS["c"], "raw": value}},
+                "a threshold that is not a number from 0 to 1",
+            )
             for value in (float("nan"), float("inf"), "0.5", -0.01, 1.01, True, None, [0.5])
         ),
     ],
     ids=str,
 )
 def test_unusable_thresholds_are_refused(stored, words, tmp_path):
-    write_json(tmp_path / THRESHOLDS_FILE, {"origin": "tuned", "categories": stored})
+    flagged = Thresholds.uniform(0.3, 3).to_dict(SMALL)["flagged"]
+    write_json(tmp_path / THRESHOLDS_FILE, {"origin": "tuned", "flagged": flagged, "categories": stored})
+    with pytest.raises(CheckpointError, match=f"{THRESHOLDS_FILE}: .*{words}"):
+        load_thresholds(tmp_path, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("flagged", "words"),
+    [
+        (None, "flagged"),
+        ({}, "rule"),
+        ({"rule": "mean", "threshold": 0.1}, "the rule 'mean'"),
+        ({"rule": "max", "threshold": 0.1}, "raw"),
+        ({"rule": "max", "threshold": 2, "raw": dict.fromkeys(SMALL.categories, 0.1)}, "not a number from 0 to 1"),
+        ({"rule": "calibrated", "threshold": 0.1}, "holds"),
+        ({"rule": "calibrated", "threshold": 0.1, "risk_model": {"weights": {"c": 1}, "bias": 0}}, "a,b"),
+    ],
+    ids=str,
+)
+def test_unusable_rules_of_flagged_are_refused(flagged, words, tmp_path):
+    values = {"origin": "tuned", "categories": GOOD_THRESHOLDS} | ({} if flagged is None else {"flagged": flagged})
+    write_json(tmp_path / THRESHOLDS_FILE, values)
     with pytest.raises(CheckpointError, match=f"{THRESHOLDS_FILE}: .*{words}"):
         load_thresholds(tmp_path, SMALL)
 
