@@ -101,9 +101,13 @@ class Recipe:
 
     def compute(self) -> torch.Tensor:
         """Return the whole tensor in fp32 (integers as they are)."""
-        pieces = [values.reshape(-1) for _, values in self.pieces()]
-        whole = torch.cat(pieces).view(self.shape)
-        return whole.float() if whole.is_floating_point() else whole
+        if self.nf4 is None and self.update is None:
+            whole = self.read()
+            return whole.float() if whole.is_floating_point() else whole
+        whole = torch.empty(self.shape)
+        for start, values in self.pieces():
+            whole.view(-1)[start : start + values.numel()] = values.reshape(-1)
+        return whole
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,6 +118,6 @@ def read_verdict(value: Any, score_threshold: float) -> bool | None:
     if isinstance(value, int | float):
         return bool(value > score_threshold) if 0 <= value <= 1 else None
     if isinstance(value, str):
-        found = re.fullmatch(r"\s*(safe|unsafe)\s*(?:\n\s*\w+(?:\s*,\s*\w+)*\s*)?", value, flags=re.IGNORECASE)
-        return None if found is None else found[1].lower() == "unsafe"
+        found = re.fullmatch(r"\s*(safe|unsafe(\s*\n\s*\w+(\s*,\s*\w+)*)?)\s*", value, flags=re.IGNORECASE)
+        return None if found is None else found[1].lower() != "safe"
     return None

@@ -57,13 +57,13 @@ def plot_flagged_proportion(
     models = list(proportions)
     moderators = list(dict.fromkeys(name for shares in proportions.values() for name in shares))
     figure, axes = plt.subplots(figsize=(max(5.0, 1.6 * len(models)), 4), layout="constrained")
-    width = 0.8 / max(1, len(moderators))
+    width = min(0.3, 0.8 / max(1, len(moderators)))
     for index, moderator in enumerate(moderators):
         places = np.arange(len(models)) + (index - (len(moderators) - 1) / 2) * width
         shares = np.array([100 * proportions[model].get(moderator, float("nan")) for model in models])
         edges = [((intervals or {}).get(model) or {}).get(moderator) for model in models]
         whiskers = np.array([[np.nan, np.nan] if edge is None else [100 * edge[0], 100 * edge[1]] for edge in edges])
-        bars = axes.bar(
+        axes.bar(
             places,
             shares,
             width,
@@ -75,7 +75,11 @@ def plot_flagged_proportion(
         )
         reach = np.clip(np.stack([shares - whiskers[:, 0], whiskers[:, 1] - shares]), 0, None)
         axes.errorbar(places, shares, yerr=reach, fmt="none", ecolor="#333333", elinewidth=0.9, capsize=2)
-        axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=1, label_type="edge", color="#111111")
+        for place, share, high in zip(places, shares, whiskers[:, 1], strict=True):
+            if not np.isnan(share):
+                top = (place, np.nanmax([share, high]))
+                offset = {"xytext": (0, 2), "textcoords": "offset points"}
+                axes.annotate(f"{share:.1f}", top, **offset, ha="center", fontsize=7)
     axes.set_xticks(range(len(models)), [_shorten(model) for model in models])
     axes.set(ylabel="flagged answers (%)")
     axes.margins(y=0.12)

@@ -52,7 +52,10 @@ def build_checkpoint(folder, layers, width, feed_forward, bin_files):
         if len(shapes[name]) == 1:
             return torch.ones(shapes[name], dtype=torch.bfloat16)
         start = (index * 7919) % (len(noise) - count)
-        return noise[start : start + count].view(shapes[name])
+        weight = noise[start : start + count].view(shapes[name])
+        # what adds to the residual stream starts smaller, as is usual, or else rounding grows from layer to layer
+        adds = name.endswith(("o_proj.weight", "down_proj.weight"))
+        return (weight / (2 * layers) ** 0.5).bfloat16() if adds else weight
 
     order = {name: index for index, name in enumerate(shapes)}
     if bin_files:

@@ -39,7 +39,25 @@ print(f"adapter and merged model: probabilities differ by at most {far:.1e}, {le
 if far > 1e-5 or apart > 5e-3:
     sys.exit("the merged model is not the trained one")
 PYTHON
+echo "== tune on half of the validation rows, evaluate on the other half"
+python - "$validation" "$output/tuning.jsonl" "$output/rest.jsonl" <<'PYTHON'
+import json, pathlib, random, sys
+
+rows = [json.loads(line) for line in pathlib.Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()]
+prompts = sorted({row["prompt"] for row in rows})
+random.Random(0).shuffle(prompts)
+half = set(prompts[: len(prompts) // 2])
+for path, kept in zip(sys.argv[2:], (True, False), strict=True):
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows if (row["prompt"] in half) == kept]
+    pathlib.Path(path).write_text("".join(lines), encoding="utf-8")
+PYTHON
+cp -r "$output/merged" "$output/tuned"
+python scripts/evaluate.py --model_path "$output/merged" --eval_dataset "$output/rest.jsonl" --max_length 512 \
+    --output_dir "$output/evaluation/rest_before"
+python scripts/tune.py --model_path "$output/tuned" --eval_dataset "$output/tuning.jsonl" --flagged_rule calibrated
+python scripts/evaluate.py --model_path "$output/tuned" --eval_dataset "$output/rest.jsonl" --max_length 512 \
+    --train_data_name_or_path "$train" --compare "$output/evaluation/rest_before" --output_dir "$output/evaluation/rest"
 echo "== flagged proportion of six models"
-python scripts/evaluate.py --model_path "$output/merged" --eval_dataset "$data/evaluation_do_not_answer.json" \
+python scripts/evaluate.py --model_path "$output/tuned" --eval_dataset "$data/evaluation_do_not_answer.json" \
     --output_dir "$output/evaluation/do_not_answer"
 echo "real-data check: passed; everything lies in $output"
