@@ -117,7 +117,8 @@ class MergePlan:
     Attributes:
         skeleton: the stock classifier on the meta device, with its final configuration.
         recipes: name -> recipe, in the order of the skeleton.
-        dropped: tensors of the base that the classifier has no place for, such as `lm_head.weight`.
+        dropped: tensors of the base that the classifier has no place for, such as `lm_head.weight`; what the adapter replaces
+            is none of them.
     """
 
     skeleton: Any
@@ -155,15 +156,15 @@ def plan_merge(
     for name, expected in skeleton.state_dict().items():
         shape = tuple(expected.shape)
         is_head = name in head_names
+        found = name if name in base else name.removeprefix(f"{skeleton.base_model_prefix}.")
         if name in own:
             if own[name].shape != shape:
                 raise CheckpointError(
                     f"{adapter_path}: its {name} is {list(own[name].shape)}, its base has {list(shape)}; they do not fit"
                 )
             recipes[name] = Recipe(shape, own=own[name], is_head=is_head)
+            used.add(found)
             continue
-        short = name.removeprefix(f"{skeleton.base_model_prefix}.")
-        found = name if name in base else short
         if found not in base or is_head:
             raise OnlyWholeError(f"{name} is not in the base under that name")
         stored = base[found]

@@ -68,7 +68,7 @@ def _convert(value: Any, annotation: Any, whole: bool = False) -> Any:
             for part in parts
             for word in (part.replace(",", " ").split() if isinstance(part, str) and not whole else [part])
         ]
-        if not items:
+        if not items and not whole:
             raise ValueError("expected at least one")
         return tuple(_convert(item, arguments[0]) for item in items)
     if annotation is bool:

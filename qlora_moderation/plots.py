@@ -78,8 +78,7 @@ def plot_flagged_proportion(
         for place, share, high in zip(places, shares, whiskers[:, 1], strict=True):
             if not np.isnan(share):
                 top = (place, np.nanmax([share, high]))
-                offset = {"xytext": (0, 2), "textcoords": "offset points"}
-                axes.annotate(f"{share:.1f}", top, **offset, ha="center", fontsize=7)
+                axes.annotate(f"{share:.1f}", top, xytext=(0, 2), textcoords="offset points", ha="center", fontsize=7)
     axes.set_xticks(range(len(models)), [_shorten(model) for model in models])
     axes.set(ylabel="flagged answers (%)")
     axes.margins(y=0.12)

@@ -9,15 +9,17 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qlora_moderation.data import Pairs
 from qlora_moderation.errors import CheckpointError
 from qlora_moderation.leakage import TrainingHashes
-from qlora_moderation.scoring import Scores
 from qlora_moderation.thresholds import Judgement, Thresholds
+
+if TYPE_CHECKING:  # figures are made from this module without torch
+    from qlora_moderation.scoring import Scores
 
 PREDICTIONS_FILE = "predictions.jsonl"
 

@@ -214,3 +214,218 @@ def test_a_bfloat16_run_is_merged_faithfully(method, llama, rows_file, tmp_path,
     merge_adapter(MergeConfig(str(weights), str(tmp_path / "m"), dtype="float32"), silent)
     report = read_json(tmp_path / "m" / "merge_report.json")
     assert report["gated"] and report["largest_logit_difference"] < 1e-5
+
+
+def adapt(base, target, **options):
+    """Write an adapter as PEFT writes one, with factors that are not zero, and what this library adds."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoTokenizer
+
+    from qlora_moderation.metadata import ModelMetadata, Quantization
+    from qlora_moderation.taxonomy import Taxonomy
+    from qlora_moderation.thresholds import Thresholds
+
+    quantized = options.pop("quantized", None)
+    taxonomy = Taxonomy()
+    torch.manual_seed(1)  # the head is drawn, too
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=14)
+    model.config.pad_token_id = 0
+    network = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **options))
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "lora_B" in name or "lora_embedding_A" in name:
+                parameter.normal_(0, 0.05)
+    network.peft_config["default"].base_model_name_or_path = str(base)
+    network.save_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.save_pretrained(target)
+    quantization = Quantization(*quantized) if quantized else None
+    method = "qlora" if quantized else "lora"
+    ModelMetadata(taxonomy, 128, method, "adapter", str(base), quantization=quantization).save(target)
+    Thresholds.default(taxonomy).save(target, taxonomy)
+    return target
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"r": 4, "target_modules": "all-linear", "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 3}},
+        {"r": 4, "target_modules": ["v_proj"], "use_rslora": True, "use_dora": True},
+        {"r": 4, "target_modules": r".*layers\.1\..*(up|gate)_proj", "quantized": (False, "bfloat16")},
+        {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["score", "embed_tokens", "norm"], "quantized": (True, "float32")},  # noqa: E501
+    ],
+    ids=["patterns", "dora and rslora", "nf4 without double quantisation", "saved modules"],
+)  # fmt: skip
+def test_adapters_as_others_write_them_are_merged_tensor_by_tensor(options, llama, tmp_path):
+    adapter = adapt(llama, tmp_path / "adapter", **options)
+    log: list[str] = []
+    merge_adapter(MergeConfig(str(adapter), str(tmp_path / "m")), log.append)
+    report = read_json(tmp_path / "m" / "merge_report.json")
+    assert report["route"] == "tensor by tensor" and report["gated"] and report["left_out"] == ["lm_head.weight"]
+    assert report["tensors"]["compared"] == report["tensors"]["of"] == 21
+    assert any(line == "left out of the base: lm_head.weight" for line in log)
+
+
+def as_bins(base, target, shards):
+    """Copy a checkpoint as `.bin` files, as those of 2023 come."""
+    import shutil
+
+    shutil.copytree(base, target)
+    state = load_file(target / "model.safetensors")
+    (target / "model.safetensors").unlink()
+    if shards == 1:
+        torch.save(state, target / "pytorch_model.bin")
+        return target
+    names = list(state)
+    where = {name: f"pytorch_model-{i % shards + 1:05d}-of-{shards:05d}.bin" for i, name in enumerate(names)}
+    for file in set(where.values()):
+        torch.save({name: state[name] for name in names if where[name] == file}, target / file)
+    index = {"metadata": {"total_size": 1}, "weight_map": where}
+    (target / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return target
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_base_of_pickled_shards_gives_the_same_files(shards, llama, tmp_path):
+    base = as_bins(llama, tmp_path / "base", shards)
+    results = []
+    for name, path in (("plain", llama), ("bins", base)):
+        adapter = adapt(
+            path, tmp_path / f"{name}-adapter", r=4, target_modules="all-linear", quantized=(True, "float32")
+        )
+        merge_adapter(MergeConfig(str(adapter), str(tmp_path / name)), silent)
+        results.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert results[0] == results[1]
+
+
+def test_a_base_that_only_transformers_can_read_is_merged_in_memory(llama, tmp_path):
+    base = as_bins(llama, tmp_path / "base", 1)
+    torch.save(torch.load(base / "pytorch_model.bin"), base / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    adapter = adapt(base, tmp_path / "adapter", r=4, target_modules="all-linear")
+    log: list[str] = []
+    merge_adapter(MergeConfig(str(adapter), str(tmp_path / "m")), log.append)
+    assert any("merging in memory: pytorch_model.bin is in the format of torch before 1.6" in line for line in log)
+    assert read_json(tmp_path / "m" / "merge_report.json")["route"] == "in memory"
+    other = adapt(llama, tmp_path / "other", r=4, target_modules="all-linear")
+    merge_adapter(MergeConfig(str(other), str(tmp_path / "streamed")), silent)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("m", "streamed"))
+    assert set(one) == set(two)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "embeddings"])
+def test_other_architectures_and_layers_are_merged(kind, bert, llama, rows_file, texts, tmp_path):
+    """An encoder saved without its prefix; Conv1D, which stores weights transposed; an adapter on the embedding."""
+    if kind == "bert":
+        adapter = train(make_config(bert, rows_file, tmp_path / "run", method="lora"), silent)
+    elif kind == "gpt2":
+        from conftest import llama3_tokenizer
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        tokenizer = llama3_tokenizer(texts)
+        config = GPT2Config(vocab_size=len(tokenizer), n_embd=64, n_layer=2, n_head=4, n_positions=256)
+        GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+        tokenizer.save_pretrained(tmp_path / "base")
+        adapter = adapt(
+            tmp_path / "base", tmp_path / "adapter", r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True
+        )
+    else:
+        adapter = adapt(llama, tmp_path / "adapter", r=4, target_modules=["embed_tokens", "q_proj"])
+    log: list[str] = []
+    merge_adapter(MergeConfig(str(adapter), str(tmp_path / "m")), log.append)
+    report = read_json(tmp_path / "m" / "merge_report.json")
+    assert report["route"] == ("in memory" if kind == "embeddings" else "tensor by tensor")
+    assert report["largest_logit_difference"] < 1e-4 and report["gated"]
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"modules_to_save": ["score", "norm"]}], ids=str)
+def test_a_model_that_does_not_fit_is_proven_layer_by_layer(options, llama, tmp_path, monkeypatch):
+    """The same figures as with the whole model in memory."""
+    import qlora_moderation.proof as proof
+
+    adapter = adapt(
+        llama, tmp_path / "adapter", r=4, target_modules="all-linear", quantized=(True, "float32"), **options
+    )
+    monkeypatch.setattr(proof, "_PAIRS", proof._PAIRS_LAYER_BY_LAYER)
+    merge_adapter(MergeConfig(str(adapter), str(tmp_path / "whole"), dtype="bfloat16"), silent)
+    monkeypatch.setattr(proof, "WHOLE_BYTES", 0)
+    merge_adapter(MergeConfig(str(adapter), str(tmp_path / "layers"), dtype="bfloat16"), silent)
+    whole, layers = (read_json(tmp_path / name / "merge_report.json") for name in ("whole", "layers"))
+    assert (whole["proof"], layers["proof"]) == ("whole model", "layer by layer")
+    assert "stock_load" not in layers and layers["tensors"]["compared"] == 8
+    for key in ("largest_logit_difference", "mean_logit_difference", "largest_probability_difference"):
+        assert layers[key] == pytest.approx(whole[key], abs=2e-6) and layers[key] > 1e-5
+
+
+def test_a_wrong_tensor_is_noticed_layer_by_layer(llama, tmp_path, monkeypatch):
+    import qlora_moderation.nf4 as nf4
+    import qlora_moderation.proof as proof
+
+    monkeypatch.setattr(proof, "WHOLE_BYTES", 0)
+    adapter = adapt(llama, tmp_path / "adapter", r=4, target_modules="all-linear", quantized=(True, "float32"))
+    right = nf4._give_back
+    monkeypatch.setattr(nf4, "_give_back", lambda scaled, magnitudes: right(scaled, magnitudes * 1.001))
+    with pytest.raises(MergeError, match="differ from those merged in memory"):
+        merge_adapter(MergeConfig(str(adapter), str(tmp_path / "m")), silent)
+    assert not (tmp_path / "m").exists()
+
+
+def test_several_files_open_as_one_model(runs, tmp_path, monkeypatch):
+    import qlora_moderation.merge as merge
+
+    monkeypatch.setattr(merge.write_merged, "__defaults__", (100_000,))
+    merge_adapter(MergeConfig(str(runs["qlora"].weights), str(tmp_path / "m")), silent)
+    files = sorted(path.name for path in (tmp_path / "m").glob("*.safetensors"))
+    assert len([name for name in files if name.startswith("model-")]) > 3 and "model.safetensors" not in files
+    report = read_json(tmp_path / "m" / "merge_report.json")
+    assert report["stock_load"]["largest_logit_difference"] < 1e-4
+
+
+def test_an_earlier_merge_that_the_adapter_stands_on_is_never_overwritten(runs, rows_file, tmp_path):
+    merge_adapter(MergeConfig(str(runs["lora"].weights), str(tmp_path / "base")), silent)
+    weights = train(make_config(tmp_path / "base", rows_file, tmp_path / "second", max_steps=1), silent)
+    with pytest.raises(ConfigError, match="holds the adapter's base model"):
+        merge_adapter(MergeConfig(str(weights), str(tmp_path / "base"), overwrite=True), silent)
+    merge_adapter(MergeConfig(str(weights), str(tmp_path / "again")), silent)
+
+
+def test_faults_leave_no_half_written_model(runs, llama, tmp_path, monkeypatch):
+    """A disk that fills up under way, a base that is not finite, an adapter for another base."""
+    import os
+    import shutil
+
+    import qlora_moderation.tensor_files as files
+
+    pwrite, written = os.pwrite, []
+
+    def full(handle, view, offset):
+        written.append(len(view))
+        if len(written) > 5:
+            raise OSError(28, "No space left on device")
+        return pwrite(handle, view, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "pwrite", full)
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            merge_adapter(MergeConfig(str(runs["lora"].weights), str(tmp_path / "m")), silent)
+    base = tmp_path / "base"
+    shutil.copytree(llama, base)
+    adapter = adapt(base, tmp_path / "adapter", r=4, target_modules=["q_proj"])
+    state = load_file(base / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"weight model\.layers\.1\.mlp\.up_proj\.weight is not finite"):
+        merge_adapter(MergeConfig(str(adapter), str(tmp_path / "m")), silent)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    wide = {name: torch.cat([t, t], dim=1) if "lora_A" in name else t for name, t in tensors.items()}
+    save_file(wide, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="they do not fit"):
+        merge_adapter(MergeConfig(str(adapter), str(tmp_path / "m")), silent)
+    tensors[next(iter(tensors))][0] = float("inf")
+    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="is not finite; take an earlier adapter"):
+        merge_adapter(MergeConfig(str(adapter), str(tmp_path / "m")), silent)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]

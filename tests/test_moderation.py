@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import numpy as np
@@ -98,20 +99,73 @@ def test_cards_say_what_matters_and_no_path(runs, tmp_path):
         assert str(tmp_path.parents[1]) not in card and "/tmp" not in card
 
 
-def test_a_checkpoint_of_another_project_is_understood(llama, tmp_path):
-    """Fourteen labels in `id2label`, nothing of ours: names from there, template and threshold of the original recipe."""
+@pytest.fixture(scope="module")
+def of_others(llama, tmp_path_factory):
+    """As the original authors publish theirs: 14 names in `id2label`, `.bin` shards, `<pad>` as a new last token."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from qlora_moderation.taxonomy import BEAVERTAILS_CATEGORIES
 
+    path = tmp_path_factory.mktemp("others") / "beaver"
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    torch.manual_seed(3)
     model = AutoModelForSequenceClassification.from_pretrained(
         llama,
         num_labels=14,
         id2label=dict(enumerate(BEAVERTAILS_CATEGORIES)),
-        problem_type="multi_label_classification",
+        label2id={name: i for i, name in enumerate(BEAVERTAILS_CATEGORIES)},
     )
-    model.save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path)
-    moderation = QAModeration.from_pretrained(tmp_path)
+    model.resize_token_embeddings(len(tokenizer))
+    with torch.no_grad():  # a trained pad row is not zero
+        model.get_input_embeddings().weight[-1].normal_()
+        model.score.weight.normal_(0, 0.1)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    assert tokenizer.pad_token_id == model.config.vocab_size - 1
+    model.config.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    state, where = model.state_dict(), {}
+    for i, name in enumerate(state):
+        where[name] = f"pytorch_model-{i % 2 + 1:05d}-of-00002.bin"
+    for file in set(where.values()):
+        torch.save({name: state[name] for name in state if where[name] == file}, path / file)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": where}
+    (path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return path
+
+
+def test_a_checkpoint_of_the_original_authors_gives_its_own_probabilities(of_others, tmp_path):
+    """A direct forward of transformers on the same ids, padded to the right in one batch, in fp32."""
+    from transformers import AutoModelForSequenceClassification
+
+    from qlora_moderation.config import EvaluateConfig
+    from qlora_moderation.evaluate import evaluate
+    from qlora_moderation.taxonomy import BEAVERTAILS_CATEGORIES
+
+    moderation = QAModeration.from_pretrained(of_others)
     assert moderation.taxonomy.categories == BEAVERTAILS_CATEGORIES
-    assert moderation.predict(question="a", answer="b").keys() == {"text", "flagged", "categories"}
+    assert moderation.classifier.encoder.max_length == 512
+    questions = ["How?", "Why is the sky blue? " * 8, "<pad></s>", "x " * 200]
+    answers = ["So.", "Because.", "<pad> <s>", "y " * 40]
+    ours = moderation.predict(questions, answers)
+    assert ours[0].keys() == {"text", "flagged", "risk", "categories"}
+    windows = moderation.classifier.encoder.encode(questions, answers)
+    assert not any(window.truncated for window in windows)
+    pad, longest = moderation.classifier.pad_id, max(len(window.ids) for window in windows)
+    ids = torch.tensor([window.ids + [pad] * (longest - len(window.ids)) for window in windows])
+    model = AutoModelForSequenceClassification.from_pretrained(of_others, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        direct = torch.sigmoid(model(input_ids=ids, attention_mask=(ids != pad).long()).logits).numpy()
+    found = np.array([list(one["categories"].values()) for one in ours])
+    np.testing.assert_allclose(found, direct, atol=1e-5)
+    assert found.std() > 0.05
+    rows = tmp_path / "rows.jsonl"
+    lines = [
+        {"prompt": q, "response": a, "model": "m", "flagged": {"human": i % 2 == 0}}
+        for i, (q, a) in enumerate(zip(questions, answers, strict=True))
+    ]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluate(EvaluateConfig(str(of_others), str(rows), str(tmp_path / "e"), bootstrap_replicates=20), silent)
+    predictions = [json.loads(line) for line in (tmp_path / "e" / "predictions.jsonl").read_text().splitlines()]
+    scored = np.array([list(row["raw_probabilities"].values()) for row in predictions])
+    np.testing.assert_allclose(scored, direct, atol=1e-5)
