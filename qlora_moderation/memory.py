@@ -6,6 +6,7 @@ Activations come on top.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -82,3 +83,10 @@ def describe_static_memory(model: nn.Module, optim: str) -> str:
     total = sum(parts.values()) / 2**30
     shown = ", ".join(f"{name} {size / 2**30:.3f}" for name, size in parts.items())
     return f"static memory {total:.3f} GiB ({shown}); activations come on top"
+
+
+def return_free_memory() -> None:
+    """Give the system back what the C library keeps of freed memory; glibc alone keeps it, gigabytes after large tensors."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

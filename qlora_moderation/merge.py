@@ -124,7 +124,7 @@ def write_merged(plan: MergePlan, directory: Path, dtype: torch.dtype, file_byte
             # one thread inside each: tensors, not rows, are what is dealt to the cores
             ThreadPoolExecutor(threads + 1, "merge", torch.set_num_threads, (1,)) as pool,
         ):
-            jobs = [pool.submit(_write_tensor, name, recipe, writer) for name, recipe in plan.recipes.items()]
+            jobs = [pool.submit(_write_tensor, name, recipe, writer, threads) for name, recipe in plan.recipes.items()]
             try:
                 for job in as_completed(jobs):
                     job.result()
@@ -135,9 +135,9 @@ def write_merged(plan: MergePlan, directory: Path, dtype: torch.dtype, file_byte
     write_config(plan.skeleton, directory, dtype)
 
 
-def _write_tensor(name: str, recipe: Recipe, writer: TensorWriter) -> None:
+def _write_tensor(name: str, recipe: Recipe, writer: TensorWriter, threads: int) -> None:
     dtype = writer.places[name].dtype
-    for start, values in recipe.pieces():
+    for start, values in recipe.pieces(threads):
         written = values.to(dtype)
         if dtype.is_floating_point and not bool(torch.isfinite(written.abs().amax())):
             _refuse_non_finite(name, recipe, values, dtype)

@@ -88,13 +88,17 @@ class Recipe:
             tensor = torch.cat([tensor, tensor.new_zeros(self.shape[0] - len(tensor), *self.shape[1:])])
         return tensor
 
-    def pieces(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (first element, values): fp32 where something is computed, else the tensor as it was read."""
+    def pieces(self, threads: int | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (first element, values): fp32 where something is computed, else the tensor as it was read.
+
+        Args:
+            threads: see `RoundedWeight`.
+        """
         tensor = self.read()
         if self.nf4 is None and self.update is None:
             yield 0, tensor
             return
-        rounded = None if self.nf4 is None else RoundedWeight(tensor, self.nf4)
+        rounded = None if self.nf4 is None else RoundedWeight(tensor, self.nf4, threads)
         for start, stop in pieces_of(self.shape):
             rows = tensor[start:stop].float() if rounded is None else rounded.rows(start, stop)
             yield start * self.shape[1], rows if self.update is None else self.update.apply(rows, start, stop)

@@ -53,9 +53,11 @@ class RoundedWeight:
     Args:
         weight: [R, K], in the type that was quantised; finite.
         double_quant: whether the magnitudes are quantised as well.
+        threads: as many as bitsandbytes would have; None: those of the caller. Their mean is taken off the magnitudes before
+            they are quantised, and its last digit depends on how many threads share the sum.
     """
 
-    def __init__(self, weight: torch.Tensor, double_quant: bool) -> None:
+    def __init__(self, weight: torch.Tensor, double_quant: bool, threads: int | None = None) -> None:
         from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 
         self._columns = weight.shape[1]
@@ -68,7 +70,10 @@ class RoundedWeight:
         self._absmax = torch.cat(magnitudes)
         self._given_back = self._absmax
         if double_quant:
+            own = torch.get_num_threads()
+            torch.set_num_threads(threads or own)
             offset = self._absmax.mean()
+            torch.set_num_threads(own)
             self._given_back = dequantize_blockwise(*quantize_blockwise(self._absmax - offset, blocksize=256))
             self._given_back += offset
 

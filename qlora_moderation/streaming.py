@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 
 from qlora_moderation.backbone import quiet
+from qlora_moderation.memory import return_free_memory
 from qlora_moderation.merged_weights import Recipe
 
 Source = Callable[[str], torch.Tensor]
@@ -101,6 +102,7 @@ def _read_at_forward(network: nn.Module, source: Source, device: torch.device) -
         def drop(_module: nn.Module, _inputs: Any, _output: Any, places: list[Any] = places) -> None:
             for part, key, _ in places:
                 part._parameters[key] = nn.Parameter(part._parameters[key].to("meta"), requires_grad=False)
+            return_free_memory()
 
         module.register_forward_pre_hook(bring)
         module.register_forward_hook(drop)

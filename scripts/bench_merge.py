@@ -96,7 +96,7 @@ def build_adapter(folder, base):
     config = AutoConfig.from_pretrained(base)
     wide, narrow = config.intermediate_size, config.hidden_size
     generator = torch.Generator().manual_seed(1)
-    tensors = {"base_model.model.score.weight": torch.randn(14, narrow, generator=generator) * 0.02}
+    tensors = {"base_model.model.score.weight": torch.randn(14, narrow, generator=generator) * 0.01}
     for i in range(config.num_hidden_layers):
         for block, name, rows, columns in [
             *(("self_attn", f"{n}_proj", narrow, narrow) for n in "qkvo"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -47,6 +48,24 @@ def test_borders_between_codes_fall_on_bitsandbytes_side():
     assert len(values) == BLOCK
     weight = torch.stack([values, -values])
     assert torch.equal(round_through_nf4(weight, False), unpack(weight, False))
+
+
+def test_a_worker_with_one_thread_rounds_as_the_caller_would():
+    """The mean of many magnitudes has another last digit in one thread than in two."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(1024, 4096, generator=generator) * 0.02 for _ in range(4)]
+    threads = torch.get_num_threads()
+    expected = [round_with_bitsandbytes(weight, True) for weight in weights]
+
+    def work(weight):
+        rounded = RoundedWeight(weight, True, threads)
+        assert torch.get_num_threads() == 1
+        return torch.cat([rounded.rows(*place) for place in pieces_of(weight.shape)])
+
+    with ThreadPoolExecutor(1, "worker", torch.set_num_threads, (1,)) as pool:
+        found = list(pool.map(work, weights))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_pieces_are_whole_blocks_and_give_the_whole():

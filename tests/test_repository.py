@@ -21,6 +21,7 @@ SCRIPTS = {
     "train.py": "train",
     "evaluate.py": "evaluate",
     "merge_adapter.py": "merge",
+    "tune.py": "tune",
     "build_backbone.py": "backbone",
     "quickstart.py": "quickstart",
     "quickstart.sh": "quickstart",
@@ -61,7 +62,7 @@ def test_every_command_of_the_readme_parses():
 
 
 def test_scripts_are_thin_and_help_is_light():
-    for name in ("train.py", "evaluate.py", "merge_adapter.py", "build_backbone.py", "quickstart.py"):
+    for name in ("train.py", "evaluate.py", "merge_adapter.py", "tune.py", "build_backbone.py", "quickstart.py"):
         assert len((ROOT / "scripts" / name).read_text().splitlines()) <= 12
     code = (
         "import sys\nfrom qlora_moderation.cli import run_job\n"
