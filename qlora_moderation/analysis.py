@@ -135,18 +135,21 @@ def _describe_calibration(
     draws = Bootstrap(bootstrap.prompts, min(_CALIBRATION_DRAWS, bootstrap.replicates), bootstrap.seed, bootstrap.level)
     found = {}
     for name, (raw, probabilities, votes) in columns.items():
+        intercept, slope = line = compute_calibration_line(probabilities, votes, weight)
+        intervals = {}
+        if not np.isnan(slope):
 
-        def lines(weights: np.ndarray, p: np.ndarray = probabilities, v: np.ndarray = votes) -> dict[str, np.ndarray]:
-            pairs = np.array([compute_calibration_line(p, v, weight * each) for each in weights])
-            return {"intercept": pairs[:, 0], "slope": pairs[:, 1]}
+            def lines(weights: np.ndarray, p: Any = probabilities, v: Any = votes, start: Any = line) -> dict[str, Any]:
+                pairs = np.array([compute_calibration_line(p, v, weight * each, start) for each in weights])
+                return {"intercept": pairs[:, 0], "slope": pairs[:, 1]}
 
-        intercept, slope = compute_calibration_line(probabilities, votes, weight)
+            intervals = draws.intervals(lines)
         found[name] = {
             "log_loss": compute_log_loss_of(probabilities, votes, weight),
             "raw_log_loss": compute_log_loss_of(raw, votes, weight),
             "intercept": None if np.isnan(intercept) else intercept,
             "slope": None if np.isnan(slope) else slope,
-            "intervals": draws.intervals(lines),
+            "intervals": intervals,
             "ece": compute_ece(probabilities, votes, weight),
             "ece_if_perfect": compute_ece_of_the_perfect(probabilities, weight),
         }

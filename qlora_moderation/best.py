@@ -6,6 +6,7 @@ In: a classifier while it learns, and validation pairs. Out: `adapter/` or `mode
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from qlora_moderation.card import build_card
 from qlora_moderation.classifier import Classifier
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.distributed import on_main
-from qlora_moderation.leakage import hash_training
+from qlora_moderation.leakage import TrainingHashes, hash_training
 from qlora_moderation.metadata import write_json, write_text
 from qlora_moderation.metrics import Metrics, compute_metrics
 from qlora_moderation.plan import Material, Plan
@@ -52,6 +53,12 @@ class Best:
     def output(self) -> Path:
         """Where the weights go."""
         return Path(self.config.output_dir) / name_weights(self.config)
+
+    @functools.cached_property
+    def hashes(self) -> TrainingHashes:
+        """Of the texts that train and select the weights."""
+        training, validation = self.material.training, self.material.validation
+        return hash_training(training.prompts, training.responses, validation.prompts if validation else ())
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
@@ -104,9 +111,6 @@ class Best:
         if material.validation is not None:
             training["validation_pairs"] = len(material.validation)
             training["validation_fingerprint"] = self.identity["validation data"]
-        known = material.training
-        chosen_by = [] if material.validation is None else material.validation.prompts
-        hashes = hash_training(known.prompts, known.responses, chosen_by)
         metadata = classifier.metadata = dataclasses.replace(classifier.metadata, training=training)
 
         def write_more(directory: Path) -> None:
@@ -114,7 +118,7 @@ class Best:
                 metadata, classifier.thresholds, self.metrics, classifier.grown_embedding_rows, classifier.pad_id
             )
             write_text(directory / "README.md", card)
-            hashes.save(directory)
+            self.hashes.save(directory)
             if self.metrics is not None:
                 write_json(directory / "validation_metrics.json", self.metrics)
 

@@ -103,7 +103,7 @@ def _run_embedded(config: QuickstartConfig, root: Path, log: Callable[[str], Non
     for kind in ("harmful", "safe"):
         _judge(moderation, pair["prompt"], pair[kind], log)
     log(f"\nthe whole quick start took {time.monotonic() - started:.0f} s; everything lies in {root}:")
-    log("  data/  backbone/  run/ (adapter, metrics, curves)  control/  merged/  evaluation/*/report.md")
+    log("  data/  backbone/  run/ (adapter, metrics, curves)  control/  merged/  evaluation/*/report.html")
     log("It shows that the machinery learns; it says nothing about moderation quality. A real run on one 24 GB GPU:")
     log(f"  {REAL_RUN}")
 

@@ -88,6 +88,10 @@ def _choose_rows(
     # the weights were selected on some rows, and the fits see half of the others: neither may take part in the bound
     free = sorted({prompt for prompt, taken in zip(pairs.prompts, selected, strict=True) if not taken})
     order = np.random.default_rng(settings.seed).permutation(len(free))
+    if not free:
+        raise DataError(
+            "--max_missed_harm: all these rows selected the weights, so they bound nothing; give other rows"
+        )
     half = len(free) if selected.any() and (~selected).sum() < selected.sum() else (len(free) + 1) // 2
     kept = {free[i] for i in order[:half]}
     apart = np.array([prompt in kept for prompt in pairs.prompts]) & ~selected

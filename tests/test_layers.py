@@ -28,7 +28,7 @@ LAYERS = """
     tracking run_directory start plan best loop train
     sample embedded
     merged_weights streaming whole_merge proof merge
-    moderators predictions analysis comparison rendering report
+    moderators predictions analysis comparison rendering sections report
     evaluate tune moderation
     quickstart
     cli
