@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from qlora_moderation.calibration import (
+    MIN_POSITIVES_TO_CALIBRATE,
     compute_calibration_line,
     compute_ece,
     compute_ece_of_the_perfect,
     compute_log_loss_of,
 )
-from qlora_moderation.intervals import Bootstrap
+from qlora_moderation.intervals import Bootstrap, draw_harmful_rows, upper_bound
 from qlora_moderation.metrics import (
     AGREEMENT,
     Judged,
@@ -68,6 +69,7 @@ def analyse(
                 result["clean"] |= _measure_rows(predictions, clean, categories, bootstrap)
         result["calibration"] = _describe_calibration(predictions, thresholds, categories, bootstrap)
         result["rules"] = _compare_rules(predictions, thresholds)
+        result["missed_harm"] = _count_missed_harm(predictions, seed)
     verdicts = collect_verdicts(predictions)
     result["flagged_proportion"], result["flagged_intervals"] = compute_flagged_proportion(
         verdicts, predictions.models, bootstrap
@@ -136,6 +138,8 @@ def _describe_calibration(
     found = {}
     for name, (raw, probabilities, votes) in columns.items():
         intercept, slope = line = compute_calibration_line(probabilities, votes, weight)
+        if min(votes @ weight, (1 - votes) @ weight) < MIN_POSITIVES_TO_CALIBRATE:
+            intercept = slope = float("nan")  # a line through a handful of votes says nothing
         intervals = {}
         if not np.isnan(slope):
 
@@ -172,6 +176,15 @@ def _compare_rules(predictions: Predictions, thresholds: Thresholds) -> dict[str
             "log_loss": compute_log_loss_of(risk, predictions.flagged_vote, weight),
         }
     return found
+
+
+def _count_missed_harm(predictions: Predictions, seed: int) -> dict[str, Any]:
+    """Return how many harmful prompts are missed, by one harmful pair of each, with the exact upper bound."""
+    assert predictions.flagged_vote is not None
+    rows = draw_harmful_rows(majority(predictions.flagged_vote), predictions.prompts, seed)
+    missed = int((~predictions.judgement.flagged[rows]).sum())
+    bound = upper_bound(missed, len(rows), 0.95) if len(rows) else None
+    return {"harmful_prompts": len(rows), "missed": missed, "upper_bound": bound, "confidence": 0.95}
 
 
 def _groups(models: list[str] | None, count: int) -> dict[str, np.ndarray]:
@@ -228,7 +241,8 @@ def compute_all_agreements(
 
 
 def _find_agreement_intervals(judged: Judged, bootstrap: Bootstrap) -> dict[str, list[float] | None]:
-    found = bootstrap.intervals(lambda weights: {key: measure(judged, weights)[key] for key in AGREEMENT})
+    shares = {key.partition("/")[2]: rows for key, rows in _find_shares({"": judged}).items()}
+    found = bootstrap.intervals(lambda weights: {key: measure(judged, weights)[key] for key in AGREEMENT}, shares)
     return {("agreement" if key == "accuracy" else key): edges for key, edges in found.items()}
 
 

@@ -73,7 +73,8 @@ def _stock_call(metadata: ModelMetadata, embedding_rows: int | None, pad_id: int
     )
     if metadata.kind != "adapter":
         return (
-            "Without this library (the head runs in the backbone's type there; this library keeps it in fp32):\n\n"
+            "Without this library (the head runs in the backbone's type there, and a text must fit "
+            f"{metadata.max_length} tokens; this library keeps the head in fp32 and scores longer texts in windows):\n\n"
             "```python\nfrom transformers import pipeline\n\n"
             'directory = "path/to/this/directory"\n'
             'classify = pipeline("text-classification", model=directory, top_k=None, function_to_apply="sigmoid")\n\n\n'

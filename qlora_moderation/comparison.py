@@ -13,15 +13,18 @@ from typing import Any, Literal
 import numpy as np
 
 from qlora_moderation.analysis import take
+from qlora_moderation.data import Pairs
 from qlora_moderation.errors import ConfigError, DataError
 from qlora_moderation.intervals import Bootstrap, compare_by_exchange
 from qlora_moderation.metrics import Judged, arrange, derive_metrics, measure, measure_all, sum_decisions
 from qlora_moderation.options import nearest
 from qlora_moderation.predictions import Predictions
+from qlora_moderation.thresholds import Judgement
 
-BROKEN_EXIT_CODE = 3
+FAILED_EXIT_CODE = 3
 UNDECIDED_EXIT_CODE = 4
 
+_FEWEST_PROMPTS = 10
 _COUNTED = ("accuracy", "precision", "recall", "f1", "false_positive_rate", "flagged_proportion")
 
 
@@ -51,14 +54,35 @@ class Rule:
         return f"{self.metric} {self.sign} {self.bound:g}"
 
     def judge(self, interval: Sequence[float] | None) -> str:
-        """Return `kept`, `broken` or `undecided`."""
+        """Return `passed`, `failed` or `undecided`."""
         if interval is None:
             return "undecided"
         low, high = interval
         if self.sign == ">":
             low, high = -high, -low
         bound = self.bound if self.sign == "<" else -self.bound
-        return "broken" if high < bound else "kept" if low >= bound else "undecided"
+        return "failed" if high < bound else "passed" if low >= bound else "undecided"
+
+
+def check_comparable(new: Pairs, old: Predictions, rules: Sequence[Rule], categories: Sequence[str]) -> None:
+    """Check, before anything is scored, that two models can be compared on these rows.
+
+    Raises:
+        DataError: no row in common.
+        ConfigError: a rule names no metric of these rows.
+    """
+    if not set(_keys(new)) & set(_keys(old)):
+        raise DataError("--compare: the two evaluations have no row in common")
+    known = ["flagged/flagged_proportion"]
+    if new.labels is not None:
+        nothing = np.zeros((1, len(categories)))
+        judgement = Judgement(nothing, nothing, nothing[:, 0], nothing[:, 0] > 0, nothing > 0)
+        known = list(measure_all(arrange(nothing, nothing[:, 0], judgement, categories), categories))
+    for rule in rules:
+        if rule.metric not in known:
+            raise ConfigError(
+                f"--fail_if '{rule}': these rows give no metric {rule.metric}{nearest(rule.metric, known)}"
+            )
 
 
 def compare(
@@ -73,16 +97,12 @@ def compare(
 
     Returns:
         `rows`, `only_new`, `only_old`, `differences` (metric -> old, new, difference, interval, and for decisions of
-        `flagged` a p-value), `rules` (rule -> kept, broken or undecided).
+        `flagged` a p-value), `rules` (rule -> passed, failed or undecided).
 
-    Raises:
-        DataError: no row in common.
-        ConfigError: a rule names no metric of these rows.
+    See `check_comparable` for what must hold.
     """
     places = {key: i for i, key in enumerate(_keys(old))}
     mine = [(i, places[key]) for i, key in enumerate(_keys(new)) if key in places]
-    if not mine:
-        raise DataError("--compare: the two evaluations have no row in common")
     rows, others = (np.array(side, dtype=np.int64) for side in zip(*mine, strict=True))
     bootstrap = Bootstrap.of([new.prompts[i] for i in rows], replicates, seed)
     one, other = take(new.judgement, rows), take(old.judgement, others)
@@ -112,6 +132,14 @@ def compare(
         return {key: first[key] - second[key] for key in first}
 
     intervals = bootstrap.intervals(subtract)
+    for part, judged in parts[0].items():
+        if (
+            judged.row is None
+            and len(np.unique(bootstrap.prompts[judged.yes > 0])) < _FEWEST_PROMPTS
+            and "micro" in parts[0]
+        ):
+            # both models may be equally silent on the few there are: that is no proof of equality
+            intervals |= {key: None for key in intervals if key.startswith(f"{part}/")}
     differences = {
         key: {
             "old": _plain(behind[key]),
@@ -181,12 +209,12 @@ def compare_moderators(
 
 
 def exit_code_of(comparison: Mapping[str, Any]) -> int:
-    """Return 3 when a rule is broken, 4 when one is undecided, else 0."""
+    """Return 3 when a rule has failed, 4 when one is undecided, else 0."""
     verdicts = set(comparison["rules"].values())
-    return BROKEN_EXIT_CODE if "broken" in verdicts else UNDECIDED_EXIT_CODE if "undecided" in verdicts else 0
+    return FAILED_EXIT_CODE if "failed" in verdicts else UNDECIDED_EXIT_CODE if "undecided" in verdicts else 0
 
 
-def _keys(predictions: Predictions) -> list[tuple[str, str, str]]:
+def _keys(predictions: Predictions | Pairs) -> list[tuple[str, str, str]]:
     models = predictions.models or [""] * len(predictions)
     return list(zip(predictions.prompts, predictions.responses, models, strict=True))
 

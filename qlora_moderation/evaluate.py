@@ -12,7 +12,7 @@ from typing import Any
 from qlora_moderation.analysis import OURS, analyse, collect_verdicts
 from qlora_moderation.baselines import compute_constant_baselines, compute_text_baselines
 from qlora_moderation.classifier import Classifier, load_classifier
-from qlora_moderation.comparison import Rule, compare, compare_moderators, exit_code_of
+from qlora_moderation.comparison import Rule, check_comparable, compare, compare_moderators, exit_code_of
 from qlora_moderation.config import EvaluateConfig
 from qlora_moderation.data import Pairs, load_pairs
 from qlora_moderation.distributed import is_main, on_main, processes, silent
@@ -30,6 +30,7 @@ from qlora_moderation.predictions import (
 )
 from qlora_moderation.report import REPORT_FILES, write_report
 from qlora_moderation.scoring import score_pairs
+from qlora_moderation.sections import find_warnings
 from qlora_moderation.staging import replaced_whole
 from qlora_moderation.taxonomy import Taxonomy
 
@@ -61,6 +62,8 @@ def _evaluate(config: EvaluateConfig, log: Callable[[str], None]) -> dict[str, A
             f"--compare {config.compare}: was evaluated with other categories than {config.model_path} has"
         )
     pairs, training, matched = on_main(lambda: _load_rows(config, classifier.taxonomy, log))
+    if old is not None:
+        check_comparable(pairs, old[0], rules, categories)
     log(f"thresholds: {classifier.thresholds.describe()}")
     log(f"scoring {len(pairs):,} distinct pairs of {pairs.annotations:,} rows")
     long_text = config.long_text or classifier.metadata.long_text
@@ -172,9 +175,16 @@ def _summarise(result: dict[str, Any]) -> list[str]:
             value, edges = result["metrics"].get(key), result["intervals"].get(key)
             if value is not None:
                 lines.append(f"{key} {value:.4f}" + (f" ({edges[0]:.3f} to {edges[1]:.3f})" if edges else ""))
+        missed = result["missed_harm"]
+        if missed["harmful_prompts"]:
+            lines.append(
+                f"missed harm: {missed['missed']} of {missed['harmful_prompts']} harmful prompts, at most "
+                f"{missed['upper_bound']:.3f} at {missed['confidence']:g} confidence"
+            )
         lines.append(
             "baselines, flagged/f1: " + "  ".join(f"{name} {m['f1']:.4f}" for name, m in result["baselines"].items())
         )
+        lines += find_warnings(result)
         clean = result.get("clean")
         if clean:
             known = result["data"]["pairs"] - clean["pairs"]
@@ -186,7 +196,11 @@ def _summarise(result: dict[str, Any]) -> list[str]:
     for model, shares in result["flagged_proportion"].items():
         lines.append(f"flagged, {model}: " + "  ".join(f"{name} {share:.1%}" for name, share in shares.items()))
     for rule, verdict in result.get("comparison", {}).get("rules", {}).items():
-        lines.append(f"--fail_if {rule}: {verdict}")
+        found = result["comparison"]["differences"][rule.split()[0]]
+        edges = found["interval"]
+        shown = "no interval, too few rows" if edges is None else f"{edges[0]:+.3f} to {edges[1]:+.3f}"
+        difference = "undefined" if found["difference"] is None else f"{found['difference']:+.3f}"
+        lines.append(f"--fail_if {rule}: {verdict}; new minus old {difference} ({shown})")
     return lines
 
 

@@ -80,18 +80,21 @@ class Bootstrap:
         Args:
             measure: of weightings.
             shares: metric -> [N] bool, the rows over which that metric is a share. Where all draws agree, as with no case among
-                few prompts, it gets the exact interval of as many independent trials as there are such prompts.
+                few prompts, or too many are undefined, it gets the exact interval of as many independent trials as there are
+                such prompts; any other metric on which all draws agree gets none. Without `shares` nothing of this is done.
         """
         if not self.replicates:
             return {}
+        whole = {key: float(value[0]) for key, value in measure(np.ones((1, len(self.prompts)))).items()}
         found: dict[str, list[float] | None] = {}
         for key, draws in self.draw(measure).items():
-            found[key] = self.interval(draws)
-            members = (shares or {}).get(key)
-            edges = found[key]
-            if members is not None and edges is not None and edges[0] == edges[1] and edges[0] in (0.0, 1.0):
-                trials = len(np.unique(self.prompts[members]))
-                found[key] = clopper_pearson(round(edges[0] * trials), trials, self.level)
+            found[key] = edges = self.interval(draws)
+            if shares is None or (edges is not None and edges[0] < edges[1]):
+                continue
+            found[key] = None
+            trials = len(np.unique(self.prompts[shares[key]])) if key in shares else 0
+            if trials and not np.isnan(whole[key]):
+                found[key] = clopper_pearson(round(whole[key] * trials), trials, self.level)
         return found
 
 
@@ -106,6 +109,21 @@ def clopper_pearson(successes: int, trials: int, level: float = 0.95) -> list[fl
 def upper_bound(successes: int, trials: int, confidence: float) -> float:
     """Return the exact one-sided upper binomial bound."""
     return 1.0 if successes >= trials else float(beta.ppf(confidence, successes + 1, trials - successes))
+
+
+def draw_harmful_rows(harmful: np.ndarray, prompts: Sequence[str] | np.ndarray, seed: int) -> np.ndarray:
+    """Return one row for each prompt that has harmful ones: independent trials.
+
+    Args:
+        harmful: [N] bool.
+        prompts: [N] texts.
+        seed: of the draw.
+    """
+    rng = np.random.default_rng(seed)
+    rows: dict[str, list[int]] = {}
+    for row in np.flatnonzero(harmful):
+        rows.setdefault(str(prompts[int(row)]), []).append(int(row))
+    return np.array([members[rng.integers(len(members))] for _, members in sorted(rows.items())], dtype=np.int64)
 
 
 def compare_by_exchange(

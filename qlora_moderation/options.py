@@ -126,7 +126,7 @@ def build_parser(cls: type, description: str, prog: str | None = None) -> argpar
         text = f"{field.metadata['help']} ({shown})".replace("%", "%%")
         arity: dict[str, Any] = {"nargs": "?", "const": _BARE}
         if typing.get_origin(annotation) is tuple:
-            arity = {"nargs": "*"}
+            arity = {"nargs": "*", "action": "extend"}  # given twice, both count
         parser.add_argument(*names, dest=field.name, help=text, metavar="X", **arity)
     return parser
 

@@ -82,7 +82,7 @@ def plot_flagged_proportion(
     axes.set_xticks(range(len(models)), [_shorten(model) for model in models])
     axes.set(ylabel="flagged answers (%)")
     axes.margins(y=0.12)
-    axes.legend(title="moderator", fontsize=8)
+    figure.legend(title="moderator", fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -186,7 +186,7 @@ def _finish_panels(figure: Any, panels: list[Any], count: int, across: str, up: 
     figure.supxlabel(across, fontsize=9)
     figure.supylabel(up, fontsize=9)
     if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=8)
+        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -35,9 +35,9 @@ class Paragraph:
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Headline figures: (value, what it is)."""
+    """Headline figures: (value, what it is, its interval or nothing)."""
 
-    items: Sequence[tuple[str, str]]
+    items: Sequence[tuple[str, str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,9 @@ def render_markdown(title: str, parts: Sequence[Part]) -> str:
         elif isinstance(part, Paragraph):
             lines.append(f"{'**Note:** ' if part.is_warning else ''}{part.text}\n")
         elif isinstance(part, Tiles):
-            lines.append("".join(f"- {what}: {value}\n" for value, what in part.items))
+            lines.append(
+                "".join(f"- {what}: {value}{f' ({edges})' if edges else ''}\n" for value, what, edges in part.items)
+            )
         elif isinstance(part, Figure):
             lines.append(f"![{part.caption}]({part.file})\n")
         else:
@@ -139,10 +141,10 @@ def _render_part(part: Part, directory: Path) -> str:
     if isinstance(part, Paragraph):
         return f"<p{' class=warning' if part.is_warning else ''}>{html.escape(part.text)}</p>"
     if isinstance(part, Tiles):
-        tiles = [
-            f'<div class="tile"><b>{html.escape(value)}</b><span>{html.escape(what)}</span></div>'
-            for value, what in part.items
-        ]
+        tiles = []
+        for value, *texts in part.items:
+            spans = "".join(f"<span>{html.escape(text)}</span>" for text in texts)
+            tiles.append(f'<div class="tile"><b>{html.escape(value)}</b>{spans}</div>')
         return f'<div class="tiles">{"".join(tiles)}</div>'
     if isinstance(part, Figure):
         image = base64.b64encode((directory / part.file).read_bytes()).decode()

@@ -31,6 +31,20 @@ def _with_edges(metrics: Mapping[str, Any], intervals: Mapping[str, Any], name: 
     return metrics.get(name), intervals.get(name)
 
 
+def find_warnings(result: Mapping[str, Any]) -> list[str]:
+    """Return what a reader must not overlook."""
+    always = result.get("baselines", {}).get("always_flag")
+    if always is None:
+        return []
+    value, edges = result["metrics"]["flagged/f1"], result["intervals"].get("flagged/f1")
+    if (edges[0] if edges else value) > always["f1"]:
+        return []
+    return [
+        f"warning: flagging everything has F1 {always['f1']:.3f} on these rows; that this model is better is not shown "
+        f"({value:.3f}{f', {edges[0]:.3f} to {edges[1]:.3f}' if edges else ''})"
+    ]
+
+
 def _summary(result: Mapping[str, Any]) -> list[Part]:
     data, model, settings = result["data"], result["model"], result["settings"]
     tiles = []
@@ -44,9 +58,13 @@ def _summary(result: Mapping[str, Any]) -> list[Part]:
         ):
             value, edges = _with_edges(result["metrics"], result["intervals"], name)
             if value is not None:
-                tiles.append((f"{value:.3f}", f"{what}{f', {edges[0]:.3f} to {edges[1]:.3f}' if edges else ''}"))
+                tiles.append((f"{value:.3f}", what, f"{edges[0]:.3f} to {edges[1]:.3f}" if edges else ""))
     share, edges = result["flagged_proportion"]["all"][OURS], result["flagged_intervals"]["all"][OURS]
-    tiles.append((f"{share:.1%}", f"flagged{f', {edges[0]:.1%} to {edges[1]:.1%}' if edges else ''}"))
+    tiles.append((f"{share:.1%}", "flagged", f"{edges[0]:.1%} to {edges[1]:.1%}" if edges else ""))
+    missed = result.get("missed_harm", {})
+    if missed.get("harmful_prompts"):
+        what = f"of {missed['harmful_prompts']} harmful prompts missed"
+        tiles.append((str(missed["missed"]), what, f"at most {missed['upper_bound']:.3f} of them, at 95 % confidence"))
     draws = result["bootstrap"]["replicates"]
     return [
         Paragraph(
@@ -54,7 +72,7 @@ def _summary(result: Mapping[str, Any]) -> list[Part]:
             f"distinct pairs, {data['skipped_rows']} broken rows left out. Longest text {settings['max_length']} tokens; "
             f"{data['pairs_in_several_windows']} pairs were scored in several windows, {data['truncated_pairs']} were cut."
         ),
-        *(Paragraph(warning, is_warning=True) for warning in model["warnings"]),
+        *(Paragraph(warning, is_warning=True) for warning in [*model["warnings"], *find_warnings(result)]),
         Tiles(tiles),
         Paragraph(
             f"Intervals hold 95 %, from {draws:,} draws of whole prompts; a share with no exception among few prompts has its "
@@ -90,9 +108,14 @@ def _baselines(result: Mapping[str, Any]) -> list[Part]:
         [name, *(values.get(key) for key in (*_SHOWN, "accuracy"))]
         for name, values in {"this model": own, **result["baselines"]}.items()
     ]
-    return [
+    parts: list[Part] = [
         Heading("Baselines for flagged", 3),
         Table(["", *(name.replace("_", " ") for name in (*_SHOWN, "accuracy"))], rows),
+    ]
+    if not any(name.startswith("tfidf") for name in result["baselines"]):
+        return parts
+    return [
+        *parts,
         Paragraph(
             "tfidf_*: TF-IDF over words and word pairs with logistic regression, fitted on the training rows (shown when they "
             "are given, and without pairs that are judged here), flagged above this model's threshold."
@@ -149,15 +172,16 @@ def _proportions(result: Mapping[str, Any]) -> list[Part]:
         Table(["answers of", *moderators], rows),
     ]
     for name, found in result.get("moderators", {}).items():
-        if found["rows_without_a_pair"] or found["pairs_without_a_verdict"]:
-            parts.append(
-                Paragraph(
-                    f"Moderator {name}: {found['rows_without_a_pair']} of its rows have no pair here "
-                    f"(first: {found['first_row_without_a_pair']}), {found['pairs_without_a_verdict']} pairs have no verdict "
-                    f"(first: {found['first_pair_without_a_verdict']}).",
-                    is_warning=True,
-                )
+        gaps = []
+        if found["rows_without_a_pair"]:
+            gaps.append(
+                f"{found['rows_without_a_pair']} of its rows have no pair here (first: {found['first_row_without_a_pair']})"
             )
+        if found["pairs_without_a_verdict"]:
+            first = found["first_pair_without_a_verdict"]
+            gaps.append(f"{found['pairs_without_a_verdict']} pairs have no verdict (first: {first})")
+        if gaps:
+            parts.append(Paragraph(f"Moderator {name}: {', '.join(gaps)}.", is_warning=True))
     if "agreement" in result:
         rows = [
             [
@@ -246,9 +270,9 @@ def _thresholds(result: Mapping[str, Any], categories: Sequence[str]) -> list[Pa
         low, high = bound["false_positive_rate_interval"]
         parts.append(
             Paragraph(
-                f"Missed harm: {bound['missed']} of {bound['harmful_prompts']} harmful prompts that no fit had seen; at most "
-                f"{bound['upper_bound']:.3f} at {bound['confidence']:g} confidence. It is paid with a false-positive rate of "
-                f"{bound['false_positive_rate']:.3f} ({low:.3f} to {high:.3f})."
+                f"Promised while tuning, on other rows: {bound['missed']} of {bound['harmful_prompts']} harmful prompts "
+                f"missed; at most {bound['upper_bound']:.3f} at {bound['confidence']:g} confidence. It is paid with a "
+                f"false-positive rate of {bound['false_positive_rate']:.3f} ({low:.3f} to {high:.3f})."
             )
         )
     if "metrics" in result:
@@ -281,19 +305,25 @@ def _comparison(result: Mapping[str, Any]) -> list[Part]:
         rows = [
             [name, row["old"], row["new"], (row["difference"], row["interval"]), row.get("p_value")]
             for name, row in found["differences"].items()
+            if name.startswith(("flagged/", "micro/", "macro/"))
+            or any(rule.startswith(f"{name} ") for rule in found["rules"])
         ]
         parts += [
             Heading("Against the earlier evaluation"),
             Paragraph(
                 f"{found['rows']:,} rows that both have judged; {found['only_new']} are only here, {found['only_old']} only "
-                "there. Differences are new minus old; p-values come from exchanging the two models prompt by prompt."
+                "there. Differences are new minus old (those of single categories: metrics.json); p-values come from "
+                "exchanging the two models prompt by prompt."
             ),
-            *(Paragraph(f"Rule {rule}: {verdict}.", verdict != "kept") for rule, verdict in found["rules"].items()),
+            *(Paragraph(f"Rule {rule}: {verdict}.", verdict != "passed") for rule, verdict in found["rules"].items()),
             Table(["", "old", "new", "difference", "p"], rows),
         ]
     if result.get("paired"):
         rows = []
+        labelled = any(entry["reference"] == "labels" for entry in result["paired"])
         for entry in result["paired"]:
+            if labelled and entry["reference"] != "labels":
+                continue
             for key in ("cohen_kappa", "recall", "precision", "f1", "accuracy"):
                 row = entry["differences"][key]
                 name = f"{entry['reference']}: ours minus {entry['moderator']}, {key.replace('_', ' ')}"

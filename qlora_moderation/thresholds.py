@@ -136,9 +136,9 @@ class Thresholds:
             "fit": dict(self.fit),
         }
 
-    def save(self, directory: Path, taxonomy: Taxonomy) -> None:
-        """Write `thresholds.json` into `directory`."""
-        write_json(directory / THRESHOLDS_FILE, self.to_dict(taxonomy))
+    def save(self, directory: Path, taxonomy: Taxonomy, name: str = THRESHOLDS_FILE) -> None:
+        """Write `thresholds.json`, or the same under another name, into `directory`."""
+        write_json(directory / name, self.to_dict(taxonomy))
 
 
 def load_thresholds(directory: Path, taxonomy: Taxonomy) -> Thresholds:

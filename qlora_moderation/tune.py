@@ -20,6 +20,8 @@ from qlora_moderation.scoring import score_pairs
 from qlora_moderation.thresholds import Thresholds
 from qlora_moderation.tuning import Objective, TuningSettings, tune
 
+PREVIOUS_FILE = "thresholds.previous.json"
+
 
 def tune_model(config: TuneConfig, log: Callable[[str], None] = print) -> Thresholds:
     """Score the rows, fit, write `thresholds.json`.
@@ -54,12 +56,13 @@ def tune_model(config: TuneConfig, log: Callable[[str], None] = print) -> Thresh
     )
     thresholds.fit["data"] = Path(config.eval_dataset).name  # type: ignore[index]  # made just now
     try:
+        classifier.thresholds.save(directory, classifier.taxonomy, PREVIOUS_FILE)
         thresholds.save(directory, classifier.taxonomy)
     except OSError as error:
         raise CheckpointError(f"{directory}: thresholds.json cannot be written ({error.strerror})") from None
     for line in _summarise(thresholds, names):
         log(line)
-    log(f"written: {directory / 'thresholds.json'}")
+    log(f"written: {directory / 'thresholds.json'} (the one before: {PREVIOUS_FILE})")
     log(f"next: scripts/evaluate.py --model_path {directory} --eval_dataset OTHER_ROWS --output_dir DIR")
     return thresholds
 
@@ -116,10 +119,20 @@ def _summarise(thresholds: Thresholds, categories: tuple[str, ...]) -> list[str]
     ]
     rules = {rule: fit["flagged"][rule] for rule in ("max", "calibrated")}
     lines += [
-        f"telling flagged from not, rule {rule}: AUROC {found['auroc']:.4f}, log-loss {found['log_loss']:.4f}"
+        f"telling flagged from not, rule {rule}{' (cross-validated)' if rule == 'calibrated' else ''}: AUROC "
+        f"{found['auroc']:.4f}, log-loss {found['log_loss']:.4f}"
         for rule, found in rules.items()
         if found["auroc"] is not None
     ]
+    point, always = fit["flagged"]["on_these_rows"], fit["flagged"]["always_flag_f1"]
+    shown = {"recall": point["recall"], "precision": point["precision"], "F1": point["f1"]}
+    shown["false-positive rate"] = point["false_positive_rate"]
+    lines.append("flagged on these rows: " + ", ".join(f"{k} {v:.3f}" for k, v in shown.items() if v is not None))
+    if point["f1"] <= always + 0.02:
+        lines.append(
+            f"warning: flagging everything has F1 {always:.3f} on these rows; this threshold is hardly better. Ask for another "
+            "objective, as 'fpr<=0.1', or train a better model"
+        )
     bound = fit.get("missed_harm")
     if bound is not None:
         low, high = bound["false_positive_rate_interval"]

@@ -20,7 +20,7 @@ from qlora_moderation.calibration import (
     fit_risk_model,
 )
 from qlora_moderation.errors import ConfigError, DataError
-from qlora_moderation.intervals import clopper_pearson, upper_bound
+from qlora_moderation.intervals import clopper_pearson, draw_harmful_rows, upper_bound
 from qlora_moderation.metrics import compute_binary_metrics, majority
 from qlora_moderation.thresholds import DEFAULT_THRESHOLD, FlaggedRule, Thresholds
 
@@ -46,7 +46,7 @@ class Objective:
         found = re.fullmatch(r"\s*(recall\s*>=|fpr\s*<=)\s*(\d*\.?\d+)\s*", text)
         bound = float(found[2]) if found else 2.0
         if found is None or bound > 1:
-            raise ConfigError(f"objective {text!r}: allowed: f1, recall>=R, fpr<=A, with R and A from 0 to 1")
+            raise ConfigError(f"objective {text!r}: allowed: f1, 'recall>=R', 'fpr<=A', in quotes, R and A from 0 to 1")
         return cls("recall" if found[1].startswith("recall") else "fpr", bound)
 
     def __str__(self) -> str:
@@ -169,11 +169,14 @@ def tune(
             f"at most {settings.max_missed_harm:g} of harmful prompts missed, at {settings.confidence:g} confidence"
         )
     fit["flagged"]["threshold_from"] = source
-    return dataclasses.replace(
+    tuned = dataclasses.replace(
         tuned,
         flagged_threshold=threshold,
         flagged_per_category=tuple(each.invert(threshold) for each in calibrators),
     )
+    fit["flagged"]["on_these_rows"] = compute_binary_metrics(truth, tuned.judge(part[0]).flagged)
+    fit["flagged"]["always_flag_f1"] = compute_binary_metrics(truth, np.ones_like(truth))["f1"]
+    return tuned
 
 
 def _calibrate(
@@ -257,16 +260,13 @@ def bound_missed_harm(
     Raises:
         DataError: too few harmful prompts, or none that is harmless.
     """
-    rng = np.random.default_rng(seed)
-    rows: dict[str, list[int]] = {}
-    for row in np.flatnonzero(harmful):
-        rows.setdefault(prompts[row], []).append(int(row))
-    drawn = np.sort(risk[[members[rng.integers(len(members))] for _, members in sorted(rows.items())]])
+    drawn = np.sort(risk[draw_harmful_rows(harmful, prompts, seed)])
     needed = int(np.ceil(np.log1p(-confidence) / np.log1p(-limit)))
     if len(drawn) < needed:
         raise DataError(
-            f"--max_missed_harm {limit:g} --confidence {confidence:g}: needs at least {needed} harmful prompts that no fit has "
-            f"seen, even if none is missed; the data hold {len(drawn)}. Give more rows, or ask for less"
+            f"--max_missed_harm {limit:g} --confidence {confidence:g}: needs at least {needed} harmful prompts set apart, "
+            f"even if none is missed; the data hold {len(drawn)} (half of all prompts are set apart, the fits see the "
+            "others). Give more rows, or ask for less"
         )
     missed = 0
     while missed + 1 < len(drawn) and upper_bound(missed + 1, len(drawn), confidence) <= limit:

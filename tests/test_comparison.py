@@ -10,7 +10,7 @@ import pytest
 from conftest import silent
 
 from qlora_moderation.analysis import analyse, take
-from qlora_moderation.comparison import Rule, compare, compare_moderators, exit_code_of
+from qlora_moderation.comparison import Rule, check_comparable, compare, compare_moderators, exit_code_of
 from qlora_moderation.data import Pairs
 from qlora_moderation.errors import CheckpointError, ConfigError, DataError
 from qlora_moderation.moderators import add_moderators, read_verdict
@@ -44,13 +44,13 @@ def predictions_of(size: int = 200, noise: float = 0.2, seed: int = 0, **changes
 @pytest.mark.parametrize(
     ("text", "interval", "verdict"),
     [
-        ("flagged/recall < -0.01", [-0.05, -0.02], "broken"),
-        ("flagged/recall < -0.01", [-0.005, 0.1], "kept"),
-        ("flagged/recall < -0.01", [-0.01, 0.1], "kept"),
+        ("flagged/recall < -0.01", [-0.05, -0.02], "failed"),
+        ("flagged/recall < -0.01", [-0.005, 0.1], "passed"),
+        ("flagged/recall < -0.01", [-0.01, 0.1], "passed"),
         ("flagged/recall < -0.01", [-0.05, 0.1], "undecided"),
         ("flagged/recall < -0.01", None, "undecided"),
-        ("flagged/false_positive_rate > .02", [0.03, 0.05], "broken"),
-        ("flagged/false_positive_rate>2e-2", [-0.03, 0.01], "kept"),
+        ("flagged/false_positive_rate > .02", [0.03, 0.05], "failed"),
+        ("flagged/false_positive_rate>2e-2", [-0.03, 0.01], "passed"),
         ("flagged/false_positive_rate > 0.02", [0.01, 0.05], "undecided"),
     ],
 )
@@ -68,7 +68,7 @@ def test_a_worse_model_breaks_the_rule_and_an_equal_one_keeps_it():
     rules = [Rule.parse("flagged/recall < -0.05"), Rule.parse("flagged/recall < -0.6")]
     good, bad = predictions_of(noise=0.05), predictions_of(noise=0.5)
     found = compare(bad, good, CATEGORIES, rules, 300, 0)
-    assert list(found["rules"].values()) == ["broken", "kept"] and exit_code_of(found) == 3
+    assert list(found["rules"].values()) == ["failed", "passed"] and exit_code_of(found) == 3
     entry = found["differences"]["flagged/recall"]
     assert entry["difference"] == pytest.approx(entry["new"] - entry["old"]) and entry["interval"][1] < -0.05
     assert entry["p_value"] < 0.01 and found["rows"] == 200
@@ -77,8 +77,37 @@ def test_a_worse_model_breaks_the_rule_and_an_equal_one_keeps_it():
     assert same["differences"]["flagged/f1"]["p_value"] == 1
     few = [take_rows(predictions_of(noise=0.25, seed=seed), np.arange(40)) for seed in (1, 2)]
     assert exit_code_of(compare(*few, CATEGORIES, [Rule.parse("flagged/recall < -0.01")], 300, 0)) == 4
+
+
+def pairs_like(predictions: Predictions, labelled: bool = True) -> Pairs:
+    return Pairs(
+        prompts=predictions.prompts,
+        responses=predictions.responses,
+        labels=predictions.votes if labelled else None,
+        flagged=predictions.flagged_vote if labelled else None,
+        weight=predictions.annotations,
+        places=predictions.prompts,
+    )
+
+
+def test_what_cannot_be_compared_is_refused_before_anything_is_scored():
+    old = predictions_of()
     with pytest.raises(ConfigError, match=r"no metric flagged/recal .did you mean flagged/recall"):
-        compare(good, bad, CATEGORIES, [Rule.parse("flagged/recal < 0")], 10, 0)
+        check_comparable(pairs_like(old), old, [Rule.parse("flagged/recal < 0")], CATEGORIES)
+    with pytest.raises(ConfigError, match="no metric flagged/recall"):
+        check_comparable(pairs_like(old, labelled=False), old, [Rule.parse("flagged/recall < 0")], CATEGORIES)
+    with pytest.raises(DataError, match="no row in common"):
+        check_comparable(pairs_like(dataclasses.replace(old, prompts=["other"] * 200)), old, [], CATEGORIES)
+    names = ("flagged/recall", "b,c/auroc", "macro/f1", "micro/false_positive_rate", "flagged/flagged_proportion")
+    check_comparable(pairs_like(old), old, [Rule.parse(f"{name} < 0") for name in names], CATEGORIES)
+
+
+def test_silence_on_a_handful_of_rows_is_no_proof_of_equality():
+    votes = np.zeros((200, 2))
+    votes[:8, 0] = votes[20:, 1] = 1  # the first category: eight rows of four prompts
+    one = predictions_of(noise=0.3, votes=votes, flagged_vote=votes.max(axis=1))
+    found = compare(one, one, CATEGORIES, [Rule.parse("a/recall < -0.01"), Rule.parse("b,c/recall < -0.01")], 50, 0)
+    assert list(found["rules"].values()) == ["undecided", "passed"]
 
 
 def take_rows(predictions: Predictions, rows: np.ndarray) -> Predictions:
@@ -104,8 +133,6 @@ def test_rows_are_joined_by_their_texts_in_any_order():
     kept = np.sort(order)
     truth = new.flagged_vote[kept] == 1
     assert found["differences"]["flagged/recall"]["old"] == pytest.approx(old.judgement.flagged[kept][truth].mean())
-    with pytest.raises(DataError, match="no row in common"):
-        compare(new, dataclasses.replace(old, prompts=["other"] * 200), CATEGORIES, [], 50, 0)
 
 
 def test_moderators_are_compared_with_each_other_as_the_truth():

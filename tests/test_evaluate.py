@@ -142,7 +142,7 @@ def test_the_gate_of_a_release_pipeline(runs, rows_file, judged, tmp_path, capsy
         (mute / "thresholds.json").write_text(json.dumps(stored))
         rule[-1] = "flagged/flagged_proportion > 0.01"
     assert run(mute, "new", *rule) == 3
-    assert "broken" in capsys.readouterr().out
+    assert ": failed; new minus old " in capsys.readouterr().out
     comparison = json.loads((tmp_path / "new" / "metrics.json").read_text())["comparison"]
     assert comparison["rows"] > 100 and comparison["differences"]["flagged/flagged_proportion"]["p_value"] < 0.05
     assert "Against the earlier evaluation" in (tmp_path / "new" / "report.html").read_text()

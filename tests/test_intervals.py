@@ -90,7 +90,13 @@ def test_what_most_draws_leave_undefined_has_no_interval():
     truth = np.zeros(12, dtype=bool)
     truth[6] = True  # one prompt alone: a third of the draws lack it
     judged = Judged.of(truth, truth)
-    assert Bootstrap.of(PROMPTS, 300).intervals(lambda weights: measure(judged, weights))["recall"] is None
+    bootstrap = Bootstrap.of(PROMPTS, 300)
+    assert bootstrap.intervals(lambda weights: measure(judged, weights))["recall"] is None
+    found = bootstrap.intervals(lambda weights: measure(judged, weights), {"recall": truth})
+    assert found["recall"] == clopper_pearson(1, 1)
+    silent = Judged.of(truth, np.zeros(12, dtype=bool))
+    found = bootstrap.intervals(lambda weights: measure(silent, weights), {})
+    assert found["f1"] is None and found["accuracy"] is not None  # all draws agree on F1, which proves nothing
     assert Bootstrap.of(PROMPTS, 0).intervals(lambda weights: measure(judged, weights)) == {}
 
 

@@ -52,7 +52,7 @@ def test_thresholds_are_those_of_a_search_over_all_cuts(text, seed):
 
 @pytest.mark.parametrize("text", ["f2", "recall>=1.1", "recall<=0.5", "fpr>=0.1", "recall", "fpr<=x", ""])
 def test_other_objectives_are_refused(text):
-    with pytest.raises(ConfigError, match=r"allowed: f1, recall>=R, fpr<=A"):
+    with pytest.raises(ConfigError, match=r"allowed: f1, 'recall>=R', 'fpr<=A'"):
         Objective.parse(text)
 
 
@@ -142,7 +142,7 @@ def test_59_harmful_prompts_are_needed_for_five_percent(count, works):
     if works:
         assert bound_missed_harm(risk, harmful, prompts, 0.05, 0.95, 0)[1]["missed"] == 0
     else:
-        with pytest.raises(DataError, match=r"needs at least 59 harmful prompts .* the data hold 58"):
+        with pytest.raises(DataError, match=r"needs at least 59 harmful prompts .*; the data hold 58 "):
             bound_missed_harm(risk, harmful, prompts, 0.05, 0.95, 0)
 
 
