@@ -5,11 +5,13 @@ In: a stock sequence classifier. Out: the same with a fresh fp32 head, and PEFT'
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -112,6 +114,32 @@ def add_lora(model: PreTrainedModel, spec: BackboneSpec, config: TrainConfig) ->
         raise ConfigError(f"--target_modules {' '.join(targets)}: {brief(error)}") from None
 
 
+def check_adapter(directory: Path, network: PeftModel) -> None:
+    """Compare the tensors of an adapter's file with those that its settings ask for; what the base has, too, may be added.
+
+    Raises:
+        CheckpointError: one is missing, or cannot be placed.
+    """
+    file = directory / "adapter_model.safetensors"
+    try:
+        with safe_open(file, framework="pt") as opened:
+            found = set(opened.keys())
+    except Exception as error:  # safetensors' own kinds
+        raise CheckpointError(f"{file}: cannot be read ({brief(error)}); copy the adapter again") from None
+    wanted = set(get_peft_model_state_dict(network, save_embedding_layers=False))
+    missing = sorted(wanted - found)
+    if missing:
+        raise CheckpointError(
+            f"{file}: lacks {len(missing)} tensors, the first is {missing[0]}; copy the adapter again"
+        )
+    base = {name.replace(".base_layer", "") for name in network.state_dict()}
+    strangers = sorted(name for name in found - wanted if name.replace(".base_layer", "") not in base)
+    if strangers:
+        raise CheckpointError(
+            f"{file}: holds {strangers[0]}, which adapter_config.json does not explain; copy both again"
+        )
+
+
 def load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
     """Put a saved adapter and its head on a classifier, frozen.
 
@@ -120,6 +148,10 @@ def load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
     """
     find_head(model)[2].float()
     try:
-        return PeftModel.from_pretrained(model, str(directory))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # they are named below
+            network = PeftModel.from_pretrained(model, str(directory))
     except Exception as error:  # safetensors, size mismatches, PEFT's own checks
         raise CheckpointError(f"{directory}: the adapter does not fit its base ({brief(error)})") from None
+    check_adapter(directory, network)
+    return network

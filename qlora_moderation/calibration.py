@@ -86,7 +86,7 @@ class Calibrator:
             rises = len(raw) == len(calibrated) > 1 and bool(
                 np.all(np.diff(raw) > 0) and np.all(np.diff(calibrated) >= 0)
             )
-            if not rises or not 0 <= calibrated[0] <= calibrated[-1] <= 1:
+            if not rises or not 0 <= raw[0] <= raw[-1] <= 1 or not 0 <= calibrated[0] <= calibrated[-1] <= 1:
                 raise ValueError("knots do not rise from 0 to 1")
             return cls(kind, knots=(raw, calibrated))
         slope, intercept = float(values["slope"]), float(values["intercept"])

@@ -194,7 +194,10 @@ def _inspect_base(directory: Path, base_model: str | None) -> bb.BackboneSpec:
         raise CheckpointError(f"{directory / ADAPTER_FILE}: names no base model; copy the adapter again")
     if not (directory / "adapter_model.safetensors").is_file():
         raise CheckpointError(f"{directory}: adapter_model.safetensors is missing; copy the adapter again")
-    settings = PeftConfig.from_pretrained(str(directory))
+    try:
+        settings = PeftConfig.from_pretrained(str(directory))
+    except Exception as error:  # unknown kinds, odd values
+        raise CheckpointError(f"{directory / ADAPTER_FILE}: cannot be used ({bb.brief(error)})") from None
     name = base_model or str(settings.base_model_name_or_path)
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise CheckpointError(f"{directory}: its base model {name} is gone; name where it lies now")

@@ -53,9 +53,9 @@ def _run_tune(config: TuneConfig) -> None:
 def _run_report(config: ReportConfig) -> None:
     from pathlib import Path
 
-    from qlora_moderation.report import write_report
+    from qlora_moderation.report import remake_report
 
-    write_report(Path(config.evaluation_dir))
+    remake_report(Path(config.evaluation_dir))
     print(f"written: {Path(config.evaluation_dir) / 'report.html'}")
 
 
@@ -119,7 +119,8 @@ def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = Non
         return stop.exit_code
     except KeyboardInterrupt:
         if not _speaker():
-            print("interrupted; a run with checkpoints goes on when the same command is given again", file=sys.stderr)
+            more = "; a run with checkpoints goes on when the same command is given again" if name == "train" else ""
+            print(f"interrupted{more}", file=sys.stderr)
         return 130
     except Exception as error:
         return _report_fault(error)

@@ -48,10 +48,13 @@ class Rule:
             raise ConfigError(
                 f"--fail_if {text!r}: must be METRIC < NUMBER or METRIC > NUMBER, as 'flagged/recall < -0.01'"
             )
-        return cls(found[1], "<" if found[2] == "<" else ">", float(found[3]))
+        bound = float(found[3])
+        if not np.isfinite(bound):
+            raise ConfigError(f"--fail_if {text!r}: {found[3]} is no finite number")
+        return cls(found[1], "<" if found[2] == "<" else ">", bound)
 
     def __str__(self) -> str:
-        return f"{self.metric} {self.sign} {self.bound:g}"
+        return f"{self.metric} {self.sign} {self.bound}"
 
     def judge(self, interval: Sequence[float] | None) -> str:
         """Return `passed`, `failed` or `undecided`."""
@@ -132,6 +135,8 @@ def compare(
         return {key: first[key] - second[key] for key in first}
 
     intervals = bootstrap.intervals(subtract)
+    if int(bootstrap.prompts.max()) + 1 < _FEWEST_PROMPTS:
+        intervals = dict.fromkeys(intervals)
     for part, judged in parts[0].items():
         if (
             judged.row is None
@@ -228,7 +233,7 @@ def _exchange(first: Judged, second: Judged, bootstrap: Bootstrap, key: str) -> 
     if not bootstrap.replicates:
         return None
     parts = sum_decisions(first), sum_decisions(second)
-    return compare_by_exchange(
+    p_value = compare_by_exchange(
         bootstrap.prompts,
         lambda weights: weights @ parts[0],
         lambda weights: weights @ parts[1],
@@ -236,3 +241,4 @@ def _exchange(first: Judged, second: Judged, bootstrap: Bootstrap, key: str) -> 
         bootstrap.replicates,
         bootstrap.seed,
     )
+    return None if np.isnan(p_value) else p_value

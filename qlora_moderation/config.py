@@ -221,8 +221,8 @@ class EvaluateConfig:
         """Return contradictions between options."""
         if self.fail_if and self.compare is None:
             return ["--fail_if needs --compare, the output of an earlier evaluation"]
-        if self.fail_if and not self.bootstrap_replicates:
-            return ["--fail_if decides by an interval, which --bootstrap_replicates 0 leaves out; drop one"]
+        if self.fail_if and self.bootstrap_replicates < 100:
+            return ["--fail_if decides by an interval, which needs --bootstrap_replicates of at least 100"]
         return []
 
 
@@ -240,7 +240,10 @@ class TuneConfig:
     calibrate: bool = option(True, "fit calibration maps")
     min_positives: int = option(25, "pairs of each kind below which a category shares a threshold", minimum=1)
     max_missed_harm: float | None = option(
-        None, "flagged misses at most this share of harmful prompts; wins over flagged_objective", above=0, maximum=0.5
+        None,
+        "flagged misses at most this share of harmful prompts; wins over flagged_objective",
+        minimum=0.001,
+        maximum=0.5,
     )
     confidence: float = option(0.95, "with which that holds", minimum=0.5, maximum=0.9999)
     seed: int = option(0, "of the draw of one harmful pair a prompt", minimum=0, maximum=2**63 - 1)

@@ -5,6 +5,7 @@ In: a model directory and rows. Out: `predictions.jsonl`, `metrics.json`, figure
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from qlora_moderation.staging import replaced_whole
 from qlora_moderation.taxonomy import Taxonomy
 
 METRICS_FILE = "metrics.json"
+_RESERVED = (OURS, "labels")
 _WRITTEN = {PREDICTIONS_FILE, METRICS_FILE, *REPORT_FILES}
 
 
@@ -103,6 +105,9 @@ def _evaluate(config: EvaluateConfig, log: Callable[[str], None]) -> dict[str, A
 def _check_output(output: Path) -> None:
     if output.is_file():
         raise CheckpointError(f"--output_dir {output}: is a file; give a directory")
+    there = next(place for place in [output.resolve(), *output.resolve().parents] if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise CheckpointError(f"--output_dir {output}: cannot be made, {there} is no directory that can be written in")
     if output.is_dir() and {path.name for path in output.iterdir()} - _WRITTEN:
         raise CheckpointError(f"--output_dir {output}: holds other files than an evaluation's; give another directory")
 
@@ -117,11 +122,12 @@ def _load_rows(
     config: EvaluateConfig, taxonomy: Taxonomy, log: Callable[[str], None]
 ) -> tuple[Pairs, Pairs | None, dict[str, Any]]:
     pairs = load_pairs(config.eval_dataset, taxonomy, config.on_bad_row, log)
-    if OURS in pairs.verdicts:
-        raise DataError(
-            f"{config.eval_dataset}: names a moderator {OURS}, as this project's own verdicts are; rename it"
-        )
-    pairs, matched = add_moderators(pairs, config.moderator, config.moderator_threshold, (OURS, "labels"), log)
+    for name in _RESERVED:
+        if name in pairs.verdicts:
+            raise DataError(
+                f"{config.eval_dataset}: names a moderator {name}, which stands for something else here; rename it"
+            )
+    pairs, matched = add_moderators(pairs, config.moderator, config.moderator_threshold, _RESERVED, log)
     if config.train_data_name_or_path is None:
         return pairs, None, matched
     training = load_pairs(config.train_data_name_or_path, taxonomy, config.on_bad_row, log, need_labels=True)
@@ -135,7 +141,7 @@ def _describe(
     metadata = classifier.metadata
     return {
         "data": {
-            "name": Path(config.eval_dataset).name,
+            "name": Path(config.eval_dataset).name.encode("utf-8", "backslashreplace").decode(),
             "rows": pairs.annotations,
             "pairs": len(pairs),
             "skipped_rows": len(pairs.skipped_rows),
@@ -195,6 +201,11 @@ def _summarise(result: dict[str, Any]) -> list[str]:
             )
     for model, shares in result["flagged_proportion"].items():
         lines.append(f"flagged, {model}: " + "  ".join(f"{name} {share:.1%}" for name, share in shares.items()))
+    if "comparison" in result:
+        found = result["comparison"]
+        lines.append(
+            f"compared on {found['rows']} rows; {found['only_new']} are only here, {found['only_old']} only there"
+        )
     for rule, verdict in result.get("comparison", {}).get("rules", {}).items():
         found = result["comparison"]["differences"][rule.split()[0]]
         edges = found["interval"]

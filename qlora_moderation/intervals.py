@@ -138,6 +138,8 @@ def compare_by_exchange(
 
     If they are equally good, who said what is a coin's throw for each prompt (approximate randomisation; Noreen 1989).
 
+    NaN where the difference itself is undefined.
+
     Args:
         prompts: [N] index of each row's prompt.
         first, second: give sums [b, K] over rows for weightings [b, N]; the metric is a function of such sums.
@@ -149,6 +151,8 @@ def compare_by_exchange(
     count = int(prompts.max()) + 1
     whole = np.ones((1, len(prompts)))
     seen = abs(float(difference(first(whole), second(whole))[0]))
+    if np.isnan(seen):
+        return float("nan")
     reached, left, step = 0, draws, max(1, _CHUNK_NUMBERS // max(1, len(prompts)))
     while left:
         drawn = min(step, left)

@@ -10,6 +10,7 @@ the original weights it is another one, which is measured and reported but not g
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -31,7 +32,14 @@ from qlora_moderation.metadata import read_json, write_json, write_text
 from qlora_moderation.proof import MergeError, check_report, describe_report, prove_merge
 from qlora_moderation.staging import replaced_whole
 from qlora_moderation.tensor_files import FILE_BYTES, OnlyWholeError, TensorWriter, describe_names
+from qlora_moderation.thresholds import PREVIOUS_FILE
 from qlora_moderation.whole_merge import merge_in_memory
+
+_NUMBER = int | float | None
+_MERGED_FILE = re.compile(
+    r"README\.md|(config|generation_config|merge_report|moderation_config|thresholds|model\.safetensors\.index)\.json"
+    r"|(tokenizer|special_tokens|added_tokens|vocab|chat_template)[\w.]*|merges\.txt|(model|training_hashes)[\w-]*\.safetensors"
+)
 
 
 def merge_adapter(config: MergeConfig, log: Callable[[str], None] = print) -> Path:
@@ -97,6 +105,12 @@ def _check_target(output: Path, adapter: Path, base: Path, overwrite: bool) -> N
     if output.is_symlink() or not (output / "merge_report.json").is_file():
         raise CheckpointError(
             f"--output_dir {output}: is no earlier merge, so --overwrite does not touch it; give another"
+        )
+    others = sorted(path.name for path in output.iterdir() if not _MERGED_FILE.fullmatch(path.name))
+    if others:
+        raise CheckpointError(
+            f"--output_dir {output}: holds {others[0]} beside the earlier merge (tuned thresholds leave {PREVIOUS_FILE}); "
+            "--overwrite would lose it, give another directory"
         )
 
 
@@ -177,4 +191,8 @@ def _write_companions(opened: OpenedModel, directory: Path) -> None:
         hashes.save(directory)
     validation = opened.directory / "validation_metrics.json"
     metrics = read_json(validation) if validation.is_file() else None
+    if metrics is not None and not (
+        isinstance(metrics, dict) and all(isinstance(v, _NUMBER) for v in metrics.values())
+    ):
+        raise CheckpointError(f"{validation}: holds other things than numbers by name; copy the adapter again")
     write_text(directory / "README.md", build_card(metadata, opened.thresholds, metrics, None, opened.pad_id))

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import nn
 
 from qlora_moderation import backbone as bb
-from qlora_moderation.adapter import find_head, set_label_names
+from qlora_moderation.adapter import check_adapter, find_head, set_label_names
 from qlora_moderation.errors import CheckpointError
 from qlora_moderation.metadata import ModelMetadata
 from qlora_moderation.nf4 import RoundedWeight, pieces_of
@@ -99,6 +99,11 @@ class Recipe:
             yield 0, tensor
             return
         rounded = None if self.nf4 is None else RoundedWeight(tensor, self.nf4, threads)
+        if rounded is not None and not rounded.is_finite:
+            place = "the adapter" if self.base is None else str(self.base.path)
+            raise CheckpointError(
+                f"{place}: a weight of shape {list(self.shape)} is not finite; download the checkpoint again"
+            )
         for start, stop in pieces_of(self.shape):
             rows = tensor[start:stop].float() if rounded is None else rounded.rows(start, stop)
             yield start * self.shape[1], rows if self.update is None else self.update.apply(rows, start, stop)
@@ -147,6 +152,7 @@ def plan_merge(
         assert quantization is not None
         nf4 = bb.load_backbone(spec, count, torch.float32, device, "padded", quantization, empty=True).model
         rounded = {f"{name}.weight" for name, module in nf4.named_modules() if type(module).__name__ == "Linear4bit"}
+    _check_whole(adapter_path, spec, count)
     updates, own = _read_adapter(adapter_path, skeleton)
     bb.fit_pad_token(skeleton, pad_id)
     _fit_vocabulary(skeleton, own)
@@ -174,7 +180,14 @@ def plan_merge(
         stored = base[found]
         grown = len(shape) == 2 and len(stored.shape) == 2 and stored.shape[1] == shape[1] and name not in updates
         if stored.shape != shape and not (grown and stored.shape[0] < shape[0]):
-            raise OnlyWholeError(f"{name} is {list(stored.shape)} in the base and {list(shape)} in the classifier")
+            raise CheckpointError(
+                f"{stored.path}: {name} is {list(stored.shape)}, its config.json says {list(shape)}; download the "
+                "checkpoint again"
+            )
+        if expected.is_floating_point() and not stored.dtype.is_floating_point:
+            raise CheckpointError(
+                f"{stored.path}: {name} is {stored.dtype}, not a floating-point type; take the plain weights"
+            )
         used.add(found)
         recipes[name] = Recipe(
             shape,
@@ -188,13 +201,27 @@ def plan_merge(
     return MergePlan(skeleton, recipes, tuple(sorted(set(base) - used)))
 
 
+def _check_whole(adapter_path: Path, spec: bb.BackboneSpec, count: int) -> None:
+    settings = read_lora_settings(adapter_path)
+    settings.base_model_name_or_path = None  # PEFT would warn that it is another name
+    bare: Any = bb.load_backbone(spec, count, torch.float32, torch.device("meta"), "padded", empty=True).model
+    try:
+        network: Any = get_peft_model(bare, settings, low_cpu_mem_usage=True)
+    except Exception as error:  # PEFT's own checks, and whatever odd settings make of them
+        raise CheckpointError(f"{adapter_path}: its settings do not fit its base ({bb.brief(error)})") from None
+    check_adapter(adapter_path, network)
+
+
 def read_lora_settings(adapter_path: Path) -> LoraConfig:
     """Read an adapter's settings.
 
     Raises:
         CheckpointError: it is no LoRA adapter.
     """
-    settings = PeftConfig.from_pretrained(str(adapter_path))
+    try:
+        settings = PeftConfig.from_pretrained(str(adapter_path))
+    except Exception as error:  # unknown kinds, odd values
+        raise CheckpointError(f"{adapter_path}: its adapter_config.json cannot be used ({bb.brief(error)})") from None
     if not isinstance(settings, LoraConfig):
         raise CheckpointError(f"{adapter_path}: is a {settings.peft_type} adapter; only LoRA adapters can be merged")
     return settings
@@ -220,7 +247,7 @@ def _read_adapter(adapter_path: Path, skeleton: Any) -> tuple[dict[str, LoraUpda
     parts: dict[str, dict[str, torch.Tensor]] = {}
     own: dict[str, torch.Tensor] = {}
     for name, tensor in read_adapter_tensors(adapter_path).items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not bool(torch.isfinite(tensor.float()).all()):
             raise CheckpointError(f"{adapter_path}: its tensor {name} is not finite; take an earlier adapter")
         for end, part in _ENDS.items():
             if name.endswith(end):

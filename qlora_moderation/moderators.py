@@ -47,6 +47,8 @@ def add_moderators(
         name = name.strip()
         if not equals or not name or not file:
             raise ConfigError(f"--moderator {spec}: must be NAME=FILE, for example llama_guard=verdicts.jsonl")
+        if any("\ud800" <= character <= "\udfff" for character in name):
+            raise ConfigError("--moderator: its name is not UTF-8; choose another")
         if name in verdicts or name in reserved:
             raise ConfigError(f"--moderator {spec}: the name {name} is taken; choose another")
         votes: list[list[bool]] = [[] for _ in range(len(pairs))]
@@ -90,7 +92,7 @@ def _read_row(
     prompt, response = row.get("prompt"), row.get("response")
     if not isinstance(prompt, str) or not isinstance(response, str):
         raise DataError(f"{place}: needs the columns prompt and response, both text; found {', '.join(map(str, row))}")
-    columns = [column for column in VERDICT_COLUMNS if row.get(column) is not None]
+    columns = [column for column in VERDICT_COLUMNS if row.get(column) not in (None, "")]
     if len(columns) != 1:
         raise DataError(f"{place}: needs one verdict in the column {', '.join(VERDICT_COLUMNS)}; found {len(columns)}")
     vote = read_verdict(row[columns[0]], score_threshold)
@@ -115,6 +117,8 @@ def read_verdict(value: Any, score_threshold: float) -> bool | None:
     """
     if isinstance(value, bool | np.bool_):
         return bool(value)
+    if isinstance(value, str) and re.fullmatch(r"\s*\d*\.?\d+([eE][-+]?\d+)?\s*", value):
+        value = float(value)  # CSV knows no numbers
     if isinstance(value, int | float):
         return bool(value > score_threshold) if 0 <= value <= 1 else None
     if isinstance(value, str):

@@ -74,8 +74,15 @@ class RoundedWeight:
             torch.set_num_threads(threads or own)
             offset = self._absmax.mean()
             torch.set_num_threads(own)
+            if not bool(torch.isfinite(offset)):
+                return
             self._given_back = dequantize_blockwise(*quantize_blockwise(self._absmax - offset, blocksize=256))
             self._given_back += offset
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the weight is."""
+        return bool(torch.isfinite(self._absmax).all())
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Return rows [stop - start, K] in fp32; `start` and `stop` come from `pieces_of`."""

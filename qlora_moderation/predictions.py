@@ -126,20 +126,32 @@ def read_predictions(path: Path) -> tuple[Predictions, tuple[str, ...]]:
     """
     rows = []
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 try:
-                    rows.append(json.loads(line))
-                except ValueError:
+                    if line.strip():
+                        rows.append(json.loads(line.decode("utf-8-sig")))
+                except (ValueError, RecursionError):
                     raise CheckpointError(f"{path}, line {number}: is no JSON; evaluate again") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); give the output of an evaluation") from None
     if not rows:
         raise CheckpointError(f"{path}: is empty; evaluate again")
     try:
+        _check_types(rows)
         return _collect(rows)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: lacks or garbles {error}; evaluate again with this version") from None
+
+
+def _check_types(rows: list[dict[str, Any]]) -> None:
+    for number, row in enumerate(rows, 1):
+        texts = [row["prompt"], row["response"], row.get("model", "")]
+        flags = [row["flagged"], row["truncated"], *row["categories"].values()]
+        numbers = [row["risk"], *row["probabilities"].values(), *row["raw_probabilities"].values()]
+        good = all(isinstance(text, str) for text in texts) and all(isinstance(flag, bool) for flag in flags)
+        if not good or not all(isinstance(value, int | float) and 0 <= value <= 1 for value in numbers):
+            raise ValueError(f"a value of row {number}")
 
 
 def _collect(rows: list[dict[str, Any]]) -> tuple[Predictions, tuple[str, ...]]:

@@ -87,10 +87,17 @@ def render_markdown(title: str, parts: Sequence[Part]) -> str:
         elif isinstance(part, Figure):
             lines.append(f"![{part.caption}]({part.file})\n")
         else:
-            head = ["| " + " | ".join(part.columns) + " |", "|" + "---|" * len(part.columns)]
-            cells = [[format_value(value).replace("|", "/").replace("\n", " ") for value in row] for row in part.rows]
+            head = [
+                "| " + " | ".join(_escape_cell(column) for column in part.columns) + " |",
+                "|" + "---|" * len(part.columns),
+            ]
+            cells = [[_escape_cell(format_value(value)) for value in row] for row in part.rows]
             lines.append("\n".join([*head, *("| " + " | ".join(row) + " |" for row in cells)]) + "\n")
     return "\n".join(lines)
+
+
+def _escape_cell(text: str) -> str:
+    return html.escape(text, quote=False).replace("|", "/").replace("\n", " ")
 
 
 def render_page(title: str, parts: Sequence[Part], rows: Mapping[str, Any], directory: Path) -> str:

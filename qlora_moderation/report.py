@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from qlora_moderation.analysis import OURS, collect_verdicts
+from qlora_moderation.errors import CheckpointError
 from qlora_moderation.metadata import read_json, write_text
 from qlora_moderation.metrics import majority
 from qlora_moderation.plots import (
@@ -32,6 +33,20 @@ REPORT_FILES = (
     "reliability.png",
     "threshold_sweep.png",
 )
+
+
+def remake_report(directory: Path) -> None:
+    """Do `write_report` again on files that may have been moved or edited.
+
+    Raises:
+        CheckpointError: they are missing or damaged, or the report cannot be written.
+    """
+    try:
+        write_report(directory)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: the report cannot be written ({error.strerror or error})") from None
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{directory / 'metrics.json'}: lacks or garbles {error}; evaluate again") from None
 
 
 def write_report(directory: Path) -> None:

@@ -6,6 +6,7 @@ In: a place, and a block that fills a directory beside it, on one rank or on all
 from __future__ import annotations
 
 import contextlib
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ def replaced_whole(directory: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: the directory cannot be written; what stood in its place still stands.
     """
+    directory = directory.resolve()  # a link's target is replaced, and `.` has a name
     unfinished = _beside(directory, "unfinished")
     on_main(lambda: _prepare(unfinished, directory))
     try:
@@ -33,7 +35,11 @@ def replaced_whole(directory: Path) -> Iterator[Path]:
         except OSError as error:
             failure = CheckpointError(f"{directory}: cannot be written ({error.strerror or error})")
         except Exception as error:
-            failure = error
+            # libraries in Rust report a full disk as errors of their own kinds
+            found = re.search(r"[^:(]*\(os error \d+\)|I/O error[^\n]*", str(error))
+            failure = (
+                error if found is None else CheckpointError(f"{directory}: cannot be written ({found[0].strip()})")
+            )
         raise_together(failure)
         on_main(lambda: _swap(unfinished, directory))
     finally:

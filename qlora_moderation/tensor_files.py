@@ -116,7 +116,7 @@ def find_tensors(name: str, revision: str | None = None) -> dict[str, StoredTens
             continue
         values = read_json(index)
         where = values.get("weight_map") if isinstance(values, dict) else None
-        if not isinstance(where, dict) or not where:
+        if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
             raise CheckpointError(f"{index}: names no tensors; download the checkpoint again")
         places: dict[str, StoredTensor] = {}
         for file in sorted(set(where.values())):
@@ -163,6 +163,8 @@ def _find_in_bin(path: Path) -> dict[str, StoredTensor]:
     except Exception as error:  # pickle, zip and torch errors
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(f"{path}: is damaged, or holds more than tensors ({reason})") from None
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{path}: holds no mapping of names to tensors; download the checkpoint again")
     size = path.stat().st_size
     places = {}
     for name, tensor in state.items():

@@ -19,6 +19,9 @@ from qlora_moderation.metadata import read_json, write_json
 from qlora_moderation.taxonomy import Taxonomy
 
 THRESHOLDS_FILE = "thresholds.json"
+PREVIOUS_FILE = "thresholds.previous.json"
+"""What tuning keeps of the thresholds before."""
+
 DEFAULT_THRESHOLD = 0.4
 """The threshold of the original recipe's `predict`, used until thresholds are tuned."""
 
@@ -164,20 +167,41 @@ def load_thresholds(directory: Path, taxonomy: Taxonomy) -> Thresholds:
         risk_model = None
         if model is not None or rule == "calibrated":
             risk_model = RiskModel(tuple(float(model["weights"][name]) for name in names), float(model["bias"]))
+            numbers = [*risk_model.weights, risk_model.bias]
+            if not np.isfinite(numbers).all() or min(risk_model.weights) < 0 or model["clip"] != RISK_CLIP:
+                raise ValueError(f"a risk model with a negative or infinite number, or a clip other than {RISK_CLIP}")
         own = [flagged["raw"][name] for name in names] if rule == "max" else [1.0] * len(names)
         per_category = [stored[name]["raw"] for name in names]
         numbers = [*per_category, *own, flagged["threshold"]]
         if not all(isinstance(n, int | float) and not isinstance(n, bool) and 0 <= n <= 1 for n in numbers):
             raise ValueError("a threshold that is not a number from 0 to 1")
+        calibrators = tuple(Calibrator.from_dict(stored[name]["calibration"]) for name in names)
+        scale = [float(each.apply(np.array(value))) for each, value in zip(calibrators, own, strict=True)]
+        if rule == "max" and not np.allclose(scale, flagged["threshold"], atol=1e-6):
+            raise ValueError("flagged.raw and flagged.threshold, which disagree")
+        origin = str(values.get("origin", "unknown"))
+        origin.encode()
         return Thresholds(
             per_category=tuple(map(float, per_category)),
             flagged_per_category=tuple(map(float, own)),
             flagged_threshold=float(flagged["threshold"]),
             rule=rule,
-            calibrators=tuple(Calibrator.from_dict(stored[name]["calibration"]) for name in names),
+            calibrators=calibrators,
             risk_model=risk_model,
-            origin=str(values.get("origin", "unknown")),
-            fit=values.get("fit") or {},
+            origin=origin,
+            fit=_check_fit(values.get("fit", {})),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path}: holds {error}; restore the file of this model") from None
+
+
+def _check_fit(fit: Any) -> Mapping[str, Any]:
+    """Return what tuning found, where it is whole: reports read it."""
+    if fit:
+        for key in ("pairs", "prompts", "objective", "min_positives"):
+            _ = fit[key]
+        _ = [found["threshold_from"] for found in fit["categories"].values()], fit["flagged"]["threshold_from"]
+        for key in ("missed", "harmful_prompts", "upper_bound", "confidence", "false_positive_rate"):
+            _ = float(fit.get("missed_harm", {key: 0})[key])
+        _, _ = fit.get("missed_harm", {}).get("false_positive_rate_interval", (0, 0))
+    return dict(fit)

@@ -17,10 +17,8 @@ from qlora_moderation.distributed import processes
 from qlora_moderation.errors import CheckpointError, DataError
 from qlora_moderation.leakage import TrainingHashes, load_hashes
 from qlora_moderation.scoring import score_pairs
-from qlora_moderation.thresholds import Thresholds
+from qlora_moderation.thresholds import PREVIOUS_FILE, Thresholds
 from qlora_moderation.tuning import Objective, TuningSettings, tune
-
-PREVIOUS_FILE = "thresholds.previous.json"
 
 
 def tune_model(config: TuneConfig, log: Callable[[str], None] = print) -> Thresholds:

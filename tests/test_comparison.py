@@ -58,9 +58,11 @@ def test_rules_are_judged_by_the_interval(text, interval, verdict):
     assert Rule.parse(text).judge(interval) == verdict
 
 
-@pytest.mark.parametrize("text", ["", "flagged/recall", "flagged/recall <= 1", "flagged recall < 1", "x < y"])
+@pytest.mark.parametrize(
+    "text", ["", "flagged/recall", "flagged/recall <= 1", "flagged recall < 1", "x < y", "flagged/recall < 1e999"]
+)
 def test_other_rules_are_refused(text):
-    with pytest.raises(ConfigError, match="must be METRIC < NUMBER"):
+    with pytest.raises(ConfigError, match="must be METRIC < NUMBER|no finite number"):
         Rule.parse(text)
 
 
@@ -154,7 +156,7 @@ def test_moderators_are_compared_with_each_other_as_the_truth():
         ("unsafe\nS1,S10", True), ("\n\nunsafe\nS2", True), ("unsafe", True),
         ("Safe\n", False), (" unsafe \n S1 , S3 \n", True),
         ("maybe", None), ("unsafe because", None), ("", None), (1.5, None), (-0.1, None), (float("nan"), None), ([True], None),
-        (None, None), ("safe\nbut", None),
+        (None, None), ("safe\nbut", None), ("0.7", True), ("0.2", False), ("1e-3", False), ("7", None), ("x7", None),
     ],
     ids=repr,
 )  # fmt: skip
@@ -244,9 +246,23 @@ def test_predictions_come_back_from_their_file(tmp_path):
     assert analyse(written, Thresholds.uniform(0.5, 2), CATEGORIES, 20, 0) == analyse(
         dataclasses.replace(found, first_window=written.first_window), Thresholds.uniform(0.5, 2), CATEGORIES, 20, 0
     )
-    (tmp_path / "p.jsonl").write_text((tmp_path / "p.jsonl").read_text()[:-30])
+    whole = (tmp_path / "p.jsonl").read_text()
+    (tmp_path / "p.jsonl").write_text(whole[:-30])
     with pytest.raises(CheckpointError, match="line 30: is no JSON"):
         read_predictions(tmp_path / "p.jsonl")
+    rows = [json.loads(line) for line in whole.splitlines()]
+    for key, value in (("risk", float("nan")), ("flagged", "no"), ("prompt", 5), ("risk", 7), ("probabilities", None)):
+        (tmp_path / "p.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in [*rows[1:], {**rows[0], key: value}])
+        )
+        with pytest.raises(CheckpointError, match="evaluate again"):
+            read_predictions(tmp_path / "p.jsonl")
+    for raw in (b"\xff\xfe", b"[" * 200_000):
+        (tmp_path / "p.jsonl").write_bytes(raw)
+        with pytest.raises(CheckpointError, match="line 1: is no JSON"):
+            read_predictions(tmp_path / "p.jsonl")
+    (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + whole.encode() + b"\n")
+    assert len(read_predictions(tmp_path / "p.jsonl")[0]) == 30
     (tmp_path / "p.jsonl").write_text('{"flagged": true}\n')
     with pytest.raises(CheckpointError, match="evaluate again"):
         read_predictions(tmp_path / "p.jsonl")

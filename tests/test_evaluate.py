@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from conftest import silent
 
 from qlora_moderation.config import EvaluateConfig, MergeConfig
-from qlora_moderation.errors import CheckpointError
+from qlora_moderation.errors import CheckpointError, DataError
 from qlora_moderation.evaluate import evaluate
 from qlora_moderation.merge import merge_adapter
 from qlora_moderation.report import REPORT_FILES
@@ -108,7 +109,7 @@ def test_stored_thresholds_decide(runs, rows_file, tmp_path):
     shutil.copytree(runs["full"].weights, model)
     stored = json.loads((model / "thresholds.json").read_text())
     for value, share in ((0.0, 1.0), (1.0, 0.0)):
-        stored["flagged"]["raw"] = dict.fromkeys(stored["categories"], value)
+        stored["flagged"] |= {"raw": dict.fromkeys(stored["categories"], value), "threshold": value}
         for entry in stored["categories"].values():
             entry["raw"] = value
         (model / "thresholds.json").write_text(json.dumps(stored))
@@ -133,12 +134,12 @@ def test_the_gate_of_a_release_pipeline(runs, rows_file, judged, tmp_path, capsy
     mute = tmp_path / "mute"
     shutil.copytree(old, mute)
     stored = json.loads((mute / "thresholds.json").read_text())
-    stored["flagged"]["raw"] = dict.fromkeys(stored["categories"], 1.0)
+    stored["flagged"] |= {"raw": dict.fromkeys(stored["categories"], 1.0), "threshold": 1.0}
     (mute / "thresholds.json").write_text(json.dumps(stored))
     rule = ["--compare", str(tmp_path / "old"), "--fail_if", "flagged/flagged_proportion < -0.01"]
     flags = json.loads((tmp_path / "old" / "metrics.json").read_text())["flagged_proportion"]["all"]["qlora_moderation"]
     if flags < 0.05:  # the old one must flag something to lose
-        stored["flagged"]["raw"] = dict.fromkeys(stored["categories"], 0.0)
+        stored["flagged"] |= {"raw": dict.fromkeys(stored["categories"], 0.0), "threshold": 0.0}
         (mute / "thresholds.json").write_text(json.dumps(stored))
         rule[-1] = "flagged/flagged_proportion > 0.01"
     assert run(mute, "new", *rule) == 3
@@ -147,11 +148,41 @@ def test_the_gate_of_a_release_pipeline(runs, rows_file, judged, tmp_path, capsy
     assert comparison["rows"] > 100 and comparison["differences"]["flagged/flagged_proportion"]["p_value"] < 0.05
     assert "Against the earlier evaluation" in (tmp_path / "new" / "report.html").read_text()
     assert run(old, "same", *rule) == 0
+    # a rule behind a flag of its own counts like the first one
+    assert run(mute, "new", *rule, "--fail_if", "flagged/f1 < -1") == 3
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(rows_file.read_text().splitlines(keepends=True)[:3]))
+    assert run(old, "few", *rule, rows=few) == 4  # three rows decide nothing
+    assert "compared on 3 rows" in capsys.readouterr().out
     assert run(old, "other", "--compare", str(tmp_path / "old"), "--fail_if", "nonsense") == 2
     assert run(old, "other", "--fail_if", "flagged/f1 < 0") == 2
     assert run(old, "other", "--compare", str(tmp_path)) == 2
     assert run(old, "other", *rule, rows=judged) == 2  # no row in common
+    assert run(old, "other", *rule, "--bootstrap_replicates", "10") == 2
     assert not (tmp_path / "other").exists()
+
+
+def test_odd_output_directories(runs, judged, tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    config = EvaluateConfig(str(runs["lora"].weights), str(judged), str(tmp_path / "link"), bootstrap_replicates=0)
+    for _ in range(2):
+        evaluate(config, silent)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "report.html").is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    evaluate(dataclasses.replace(config, output_dir="."), silent)
+    assert (tmp_path / "here" / "report.html").is_file()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is no directory that can be written in"):
+        evaluate(dataclasses.replace(config, output_dir=str(tmp_path / "file" / "x")), silent)
+
+
+def test_a_moderator_named_as_the_labels_are_is_refused(runs, tmp_path):
+    row = {"prompt": "p", "response": "r", "model": "m", "flagged": {"labels": True}}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match="names a moderator labels"):
+        evaluate(EvaluateConfig(str(runs["lora"].weights), str(tmp_path / "rows.jsonl"), str(tmp_path / "e")), silent)
 
 
 def test_other_moderators_come_from_files(runs, judged, tmp_path):

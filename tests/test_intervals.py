@@ -165,4 +165,10 @@ def test_an_exchange_tells_equals_from_unequals():
 
         return compare_by_exchange(prompts, lambda w: w @ sums[0], lambda w: w @ sums[1], difference, 500)
 
+    none = Judged.of(np.zeros(300, dtype=bool), good)
+    sums = sum_decisions(none)
+    undefined = compare_by_exchange(
+        prompts, lambda w: w @ sums, lambda w: w @ sums, lambda a, b: derive_metrics(a)["recall"] - 0 * b[:, 0], 50
+    )
+    assert np.isnan(undefined)
     assert p_value(good, bad) < 0.01 and p_value(good, good) == 1 and p_value(good, alike) > 0.05

@@ -392,6 +392,43 @@ def test_an_earlier_merge_that_the_adapter_stands_on_is_never_overwritten(runs, 
     merge_adapter(MergeConfig(str(weights), str(tmp_path / "again")), silent)
 
 
+def test_an_adapter_that_lost_something_is_named(llama, tmp_path):
+    """Otherwise it would be merged, and proven, as if it had been trained that way."""
+    adapter = adapt(llama, tmp_path / "adapter", r=4, target_modules="all-linear", use_dora=True)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    layer = "base_model.model.model.layers.1.mlp.up_proj."
+
+    def attempt(changed, message):
+        save_file(changed, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=message):
+            merge_adapter(MergeConfig(str(adapter), str(tmp_path / "m")), silent)
+        with pytest.raises(CheckpointError):
+            load_classifier(adapter)
+
+    for lost in ("lora_B.weight", "lora_magnitude_vector"):
+        attempt({name: t for name, t in tensors.items() if name != layer + lost}, f"lacks 1 tensors, .*up_proj.{lost}")
+    attempt({name: t for name, t in tensors.items() if layer not in name}, "lacks 3 tensors")
+    attempt({name: t for name, t in tensors.items() if "score" not in name}, "score")
+    attempt({**tensors, "base_model.model.foo.bar": torch.ones(2)}, r"holds base_model\.model\.foo\.bar")
+    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    for key, value in (("peft_type", "FOO"), ("lora_alpha", "x"), ("peft_type", "IA3")):
+        (adapter / "adapter_config.json").write_text(json.dumps({**settings, key: value}))
+        with pytest.raises(CheckpointError, match=str(adapter)):
+            merge_adapter(MergeConfig(str(adapter), str(tmp_path / "m")), silent)
+
+
+def test_overwriting_keeps_what_is_no_merge(runs, tmp_path):
+    config = MergeConfig(str(runs["lora"].weights), str(tmp_path / "m"), overwrite=True)
+    merge_adapter(config, silent)
+    for name in ("notes.txt", "thresholds.previous.json"):
+        (tmp_path / "m" / name).write_text("{}")
+        with pytest.raises(CheckpointError, match=f"holds {name} beside the earlier merge"):
+            merge_adapter(config, silent)
+        (tmp_path / "m" / name).unlink()
+    merge_adapter(config, silent)
+
+
 def test_faults_leave_no_half_written_model(runs, llama, tmp_path, monkeypatch):
     """A disk that fills up under way, a base that is not finite, an adapter for another base."""
     import os

@@ -98,11 +98,37 @@ def test_a_report_needs_the_files_of_an_evaluation(name, evaluation, tmp_path):
         write_report(tmp_path / "e")
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda result: {},
+        lambda result: {**result, "data": {}},
+        lambda result: {**result, "flagged_proportion": []},
+        lambda result: {
+            **result,
+            "settings": {"thresholds": {"flagged": {"threshold": 1}, "categories": {}, "fit": {}}},
+        },
+    ],
+)
+def test_a_damaged_metrics_file_is_named(damage, evaluation, tmp_path, capsys):
+    import shutil
+
+    from qlora_moderation.cli import run_job
+
+    shutil.copytree(evaluation, tmp_path / "e")
+    file = tmp_path / "e" / "metrics.json"
+    file.write_text(json.dumps(damage(json.loads(file.read_text()))))
+    assert run_job("report", ["--evaluation_dir", str(tmp_path / "e")]) == 2
+    assert "metrics.json: lacks or garbles" in capsys.readouterr().err
+
+
 def test_values_are_told_with_their_intervals():
     assert format_value((0.5, [0.25, 0.75])) == "0.500 (0.250 to 0.750)"
     assert format_value((None, [0.1, 0.2])) == format_value(None) == "" and format_value((0.5, None)) == "0.500"
     assert format_value(1234) == "1,234" and format_value("a") == "a"
-    assert "| x/y | 1.000 |" in render_markdown("t", [Table(["", "v"], [["x|y", 1.0]])])
+    assert "|  | v/w |\n|---|---|\n| x/y&lt;i&gt; | 1.000 |" in render_markdown(
+        "t", [Table(["", "v|w"], [["x|y<i>", 1.0]])]
+    )
 
 
 def test_slots_of_the_page_are_filled_once(tmp_path):

@@ -128,6 +128,16 @@ def test_a_yes_lies_strictly_above_its_own_threshold():
     assert thresholds.judge(np.zeros((0, 3))).flagged.shape == (0,)
 
 
+FIT = {
+    "pairs": 3,
+    "prompts": 2,
+    "objective": "best F1",
+    "min_positives": 1,
+    "categories": {"c": {"threshold_from": "own"}},
+    "flagged": {"threshold_from": "best F1"},
+}
+
+
 def test_thresholds_round_trip_by_name(tmp_path):
     maps = (
         Calibrator(),
@@ -135,7 +145,8 @@ def test_thresholds_round_trip_by_name(tmp_path):
         Calibrator("isotonic", knots=((0.0, 0.5, 1.0), (0.0, 0.1, 1.0))),
     )
     model = RiskModel((0.5, 0.0, 2.0), -0.1)
-    thresholds = Thresholds((0.0, 1 / 3, 1.0), (0.1, 0.2, 0.3), 0.2, "max", maps, model, "tuned", {"pairs": 3})
+    own = tuple(each.invert(0.2) for each in maps)
+    thresholds = Thresholds((0.0, 1 / 3, 1.0), own, 0.2, "max", maps, model, "tuned", FIT)
     thresholds.save(tmp_path, SMALL)
     assert load_thresholds(tmp_path, SMALL) == thresholds
     by_risk = dataclasses.replace(thresholds, rule="calibrated", flagged_per_category=(1.0,) * 3)
@@ -192,7 +203,18 @@ def test_unusable_thresholds_are_refused(stored, words, tmp_path):
         ({"rule": "mean", "threshold": 0.1}, "the rule 'mean'"),
         ({"rule": "max", "threshold": 0.1}, "raw"),
         ({"rule": "max", "threshold": 2, "raw": dict.fromkeys(SMALL.categories, 0.1)}, "not a number from 0 to 1"),
+        ({"rule": "max", "threshold": 0.5, "raw": dict.fromkeys(SMALL.categories, 0.1)}, "which disagree"),
         ({"rule": "calibrated", "threshold": 0.1}, "holds"),
+        *(
+            ({"rule": "calibrated", "threshold": 0.1, "risk_model": {"weights": w, "bias": b, "clip": clip}}, "holds")
+            for w, b, clip in (
+                (dict.fromkeys(SMALL.categories, -1), 0, 1e-4),
+                (dict.fromkeys(SMALL.categories, 1), float("inf"), 1e-4),
+                (dict.fromkeys(SMALL.categories, float("nan")), 0, 1e-4),
+                (dict.fromkeys(SMALL.categories, 1), 0, 0.3),
+                (dict.fromkeys(SMALL.categories, "x"), 0, 1e-4),
+            )
+        ),
         ({"rule": "calibrated", "threshold": 0.1, "risk_model": {"weights": {"c": 1}, "bias": 0}}, "a,b"),
     ],
     ids=str,
@@ -201,6 +223,17 @@ def test_unusable_rules_of_flagged_are_refused(flagged, words, tmp_path):
     values = {"origin": "tuned", "categories": GOOD_THRESHOLDS} | ({} if flagged is None else {"flagged": flagged})
     write_json(tmp_path / THRESHOLDS_FILE, values)
     with pytest.raises(CheckpointError, match=f"{THRESHOLDS_FILE}: .*{words}"):
+        load_thresholds(tmp_path, SMALL)
+
+
+@pytest.mark.parametrize(
+    "fit",
+    [5, [[1, 2]], {"x": 1}, {**FIT, "categories": "abc"}, {**FIT, "flagged": None}, {**FIT, "missed_harm": {"x": 1}}],
+    ids=str,
+)
+def test_a_record_of_tuning_that_reports_cannot_read_is_refused(fit, tmp_path):
+    write_json(tmp_path / THRESHOLDS_FILE, {**Thresholds.uniform(0.3, 3).to_dict(SMALL), "fit": fit})
+    with pytest.raises(CheckpointError, match=THRESHOLDS_FILE):
         load_thresholds(tmp_path, SMALL)
 
 
