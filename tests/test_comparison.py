@@ -62,7 +62,7 @@ def test_rules_are_judged_by_the_interval(text, interval, verdict):
     "text", ["", "flagged/recall", "flagged/recall <= 1", "flagged recall < 1", "x < y", "flagged/recall < 1e999"]
 )
 def test_other_rules_are_refused(text):
-    with pytest.raises(ConfigError, match="must be METRIC < NUMBER|no finite number"):
+    with pytest.raises(ConfigError, match=r"must be METRIC < NUMBER|no finite number"):
         Rule.parse(text)
 
 
