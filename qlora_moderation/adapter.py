@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from qlora_moderation.backbone import BackboneSpec, brief
+from qlora_moderation.backbone import BackboneSpec, brief, quiet
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.errors import CheckpointError, ConfigError
 
@@ -140,6 +140,18 @@ def check_adapter(directory: Path, network: PeftModel) -> None:
         )
 
 
+def fit_vocabulary(model: PreTrainedModel, directory: Path) -> None:
+    """Give a classifier's embedding as many rows as the one that an adapter brings, where it brings one."""
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
+        key = f"base_model.model.{name}.weight"
+        rows = file.get_slice(key).get_shape()[0] if key in file.keys() else embedding.num_embeddings  # noqa: SIM118
+    if rows != embedding.num_embeddings:
+        with quiet():
+            model.resize_token_embeddings(rows, mean_resizing=False)
+
+
 def load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
     """Put a saved adapter and its head on a classifier, frozen.
 
@@ -148,6 +160,7 @@ def load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
     """
     find_head(model)[2].float()
     try:
+        fit_vocabulary(model, directory)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # they are named below
             network = PeftModel.from_pretrained(model, str(directory))

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from qlora_moderation import backbone as bb
-from qlora_moderation.adapter import check_adapter, find_head, set_label_names
+from qlora_moderation.adapter import check_adapter, find_head, fit_vocabulary, set_label_names
 from qlora_moderation.errors import CheckpointError
 from qlora_moderation.metadata import ModelMetadata
 from qlora_moderation.nf4 import RoundedWeight, pieces_of
@@ -155,7 +155,7 @@ def plan_merge(
     _check_whole(adapter_path, spec, count)
     updates, own = _read_adapter(adapter_path, skeleton)
     bb.fit_pad_token(skeleton, pad_id)
-    _fit_vocabulary(skeleton, own)
+    fit_vocabulary(skeleton, adapter_path)
     set_label_names(skeleton.config, metadata.taxonomy.categories)
     read_as = getattr(torch, quantization.weights_dtype) if dequantize and quantization is not None else None
     base = find_tensors(spec.name, spec.revision)
@@ -282,13 +282,3 @@ def _build_update(layer: str, parts: dict[str, torch.Tensor], settings: LoraConf
     alpha = patterns.get(get_pattern_key(patterns.keys(), layer), settings.lora_alpha)
     rank = a.shape[0]
     return LoraUpdate(left, right, alpha / (math.sqrt(rank) if settings.use_rslora else rank), parts.get("magnitude"))
-
-
-def _fit_vocabulary(skeleton: Any, own: dict[str, torch.Tensor]) -> None:
-    """Grow or shrink the embedding to the one that the adapter brings."""
-    embedding = skeleton.get_input_embeddings()
-    for name, module in skeleton.named_modules():
-        rows = own.get(f"{name}.weight")
-        if module is embedding and rows is not None and len(rows) != embedding.num_embeddings:
-            with bb.quiet():
-                skeleton.resize_token_embeddings(len(rows), mean_resizing=False)

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import nn
 
 from qlora_moderation import backbone as bb
-from qlora_moderation.adapter import set_label_names
+from qlora_moderation.adapter import fit_vocabulary, set_label_names
 from qlora_moderation.classifier import OpenedModel
 from qlora_moderation.merged_weights import Recipe, read_adapter_tensors, read_lora_settings
 from qlora_moderation.nf4 import round_with_bitsandbytes
@@ -32,6 +32,7 @@ def merge_in_memory(opened: OpenedModel, dequantize: bool, device: torch.device)
         _unpack_nf4(plain)
     plain.float()
     bb.fit_pad_token(plain, opened.pad_id)
+    fit_vocabulary(plain, opened.directory)
     set_label_names(plain.config, opened.taxonomy.categories)
     merged: Any = PeftModel.from_pretrained(plain, str(opened.directory)).merge_and_unload(safe_merge=True)
     if hasattr(merged.config, "quantization_config"):

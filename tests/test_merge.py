@@ -225,11 +225,13 @@ def adapt(base, target, **options):
     from qlora_moderation.taxonomy import Taxonomy
     from qlora_moderation.thresholds import Thresholds
 
-    quantized = options.pop("quantized", None)
+    quantized, rows = options.pop("quantized", None), options.pop("rows", None)
     taxonomy = Taxonomy()
     torch.manual_seed(1)  # the head is drawn, too
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=14)
     model.config.pad_token_id = 0
+    if rows is not None:
+        model.resize_token_embeddings(rows)
     network = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **options))
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -266,6 +268,24 @@ def test_adapters_as_others_write_them_are_merged_tensor_by_tensor(options, llam
     assert report["route"] == "tensor by tensor" and report["gated"] and report["left_out"] == ["lm_head.weight"]
     assert report["tensors"]["compared"] == report["tensors"]["of"] == 21
     assert any(line == "left out of the base: lm_head.weight" for line in log)
+
+
+@pytest.mark.parametrize("whole_bytes", [2**31, 0], ids=["whole", "layer by layer"])
+def test_a_vocabulary_that_the_adapter_resized_comes_along(whole_bytes, llama, tmp_path, monkeypatch):
+    import qlora_moderation.proof as proof
+
+    monkeypatch.setattr(proof, "WHOLE_BYTES", whole_bytes)
+    adapter = adapt(
+        llama, tmp_path / "adapter", r=4, target_modules="all-linear", rows=640, quantized=(True, "float32")
+    )
+    saved = load_file(adapter / "adapter_model.safetensors")["base_model.model.model.embed_tokens.weight"]
+    assert len(saved) == 640 > json.loads((llama / "config.json").read_text())["vocab_size"]
+    merge_adapter(MergeConfig(str(adapter), str(tmp_path / "m")), silent)
+    merged = load_file(tmp_path / "m" / "model.safetensors")
+    assert torch.equal(merged["model.embed_tokens.weight"], saved.to(merged["model.embed_tokens.weight"].dtype))
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["vocab_size"] == 640
+    report = read_json(tmp_path / "m" / "merge_report.json")
+    assert report["route"] == "tensor by tensor" and report["largest_logit_difference"] < 1e-4
 
 
 def as_bins(base, target, shards):
