@@ -171,4 +171,4 @@ def test_an_exchange_tells_equals_from_unequals():
         prompts, lambda w: w @ sums, lambda w: w @ sums, lambda a, b: derive_metrics(a)["recall"] - 0 * b[:, 0], 50
     )
     assert np.isnan(undefined)
-    assert p_value(good, bad) < 0.01 and p_value(good, good) == 1 and p_value(good, alike) > 0.05
+    assert 1 / 501 <= p_value(good, bad) < 0.01 and p_value(good, good) == 1 and p_value(good, alike) > 0.05
