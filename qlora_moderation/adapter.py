@@ -146,7 +146,7 @@ def fit_vocabulary(model: PreTrainedModel, directory: Path) -> None:
     name = next(name for name, module in model.named_modules() if module is embedding)
     with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
         key = f"base_model.model.{name}.weight"
-        rows = file.get_slice(key).get_shape()[0] if key in file.keys() else embedding.num_embeddings  # noqa: SIM118
+        rows = file.get_slice(key).get_shape()[0] if key in file.keys() else embedding.num_embeddings  # noqa: SIM118 - no mapping
     if rows != embedding.num_embeddings:
         with quiet():
             model.resize_token_embeddings(rows, mean_resizing=False)

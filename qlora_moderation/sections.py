@@ -22,7 +22,7 @@ def build_parts(result: Mapping[str, Any], categories: Sequence[str]) -> list[Pa
         parts += [*_metrics(result, categories), *_baselines(result), *_views(result)]
     parts += _proportions(result)
     if "metrics" in result:
-        parts += _calibration(result, categories)
+        parts += _calibration(result)
     parts += [*_thresholds(result, categories), *_windows(result), *_comparison(result), *_method(result)]
     return parts
 
@@ -205,7 +205,7 @@ def _proportions(result: Mapping[str, Any]) -> list[Part]:
     return parts
 
 
-def _calibration(result: Mapping[str, Any], categories: Sequence[str]) -> list[Part]:
+def _calibration(result: Mapping[str, Any]) -> list[Part]:
     rows = [
         [
             name,

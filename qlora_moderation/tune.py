@@ -5,6 +5,7 @@ In: a model directory and labelled rows that it was not trained on. Out: `thresh
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def tune_model(config: TuneConfig, log: Callable[[str], None] = print) -> Thresh
     thresholds = tune(
         scores.probabilities, pairs.labels, pairs.flagged, pairs.weight, pairs.prompts, names, settings, apart
     )
-    thresholds.fit["data"] = Path(config.eval_dataset).name  # type: ignore[index]  # made just now
+    thresholds = dataclasses.replace(thresholds, fit={**thresholds.fit, "data": Path(config.eval_dataset).name})
     try:
         classifier.thresholds.save(directory, classifier.taxonomy, PREVIOUS_FILE)
         thresholds.save(directory, classifier.taxonomy)
