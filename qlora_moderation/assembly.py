@@ -22,6 +22,7 @@ from qlora_moderation.classifier import Classifier, autocast_dtype, check_max_le
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.distributed import on_main, silent, world_size
 from qlora_moderation.errors import CheckpointError
+from qlora_moderation.fused_layers import fuse_layers
 from qlora_moderation.metadata import ModelMetadata, Quantization
 from qlora_moderation.model import ModerationModel
 from qlora_moderation.sharding import choose_sharding, distribute_model
@@ -142,6 +143,7 @@ def _build_network(
         log(line)
     if config.method != "full":
         network = add_lora(network, opened.spec, config)
+        fuse_layers(network)
     if config.gradient_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     return network, rows, new_rows

@@ -21,6 +21,7 @@ from qlora_moderation.batching import Layout
 from qlora_moderation.distributed import current_device, is_main
 from qlora_moderation.errors import CheckpointError
 from qlora_moderation.export import write_weights
+from qlora_moderation.fused_layers import fuse_layers
 from qlora_moderation.metadata import ModelMetadata, load_metadata, read_json
 from qlora_moderation.model import ModerationModel
 from qlora_moderation.sharding import Sharding
@@ -242,6 +243,7 @@ def load_classifier(
     elif opened.spec.kind == "decoder":
         _restore_head(network, opened.directory)
     network.requires_grad_(False)
+    fuse_layers(network)
     is_encoder = opened.spec.kind == "encoder"
     model = ModerationModel(network, is_encoder, device, autocast_dtype(compute_dtype)).eval()
     return Classifier(model, opened.tokenizer, opened.encoder, opened.metadata, opened.thresholds, chosen, reason, rows)

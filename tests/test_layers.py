@@ -21,7 +21,7 @@ LAYERS = """
     batching layout
     distributed interruption staging
     tensor_files nf4
-    attention backbone adapter model loss memory sharding export classifier assembly
+    attention products fused_layers backbone adapter model loss memory sharding export classifier assembly
     optim scoring prior checkpoint
     intervals metrics baselines tuning
     plots card
