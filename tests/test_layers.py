@@ -16,8 +16,8 @@ PACKAGE = "qlora_moderation"
 LAYERS = """
     errors
     strict_yaml options config taxonomy metadata calibration thresholds
-    rows data audit
-    tokenization leakage
+    rows annotation data audit
+    token_ids tokenization leakage token_cache
     batching layout
     distributed interruption staging
     tensor_files nf4
