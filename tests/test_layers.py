@@ -31,11 +31,11 @@ LAYERS = """
     moderators predictions analysis comparison rendering sections report
     evaluate tune moderation
     quickstart
-    cli
+    inputs cli
 """
 ORDER = LAYERS.split()
 READS_ARGUMENTS = {"cli", "options"}  # options only builds the parser that cli fills
-WITHOUT_TORCH = [*ORDER[: ORDER.index("audit") + 1], "batching", "cli"]
+WITHOUT_TORCH = [*ORDER[: ORDER.index("audit") + 1], "batching", "inputs", "cli"]
 SOURCES = {
     ".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts): path.read_text(encoding="utf-8")
     for path in sorted((ROOT / PACKAGE).rglob("*.py"))
