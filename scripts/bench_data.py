@@ -27,10 +27,8 @@ import numpy as np
 
 ROWS_OF_330K, PAIRS_OF_330K = 333_963, 99_734
 ANSWERS_A_PROMPT = 6
-MEAN_TOKENS, SPREAD = (
-    103,
-    0.462,
-)  # of a log-normal; the scatter of words makes them 105 and 205 for 95 %
+# of a log-normal; the scatter of made-up words turns them into a mean of 105 and 205 for the 95th percentile
+MEAN_TOKENS, SPREAD = 103, 0.462
 SEED, PAIRS_PER_STEP, TOKEN_BUDGET = 0, 128, 16384
 
 
@@ -43,7 +41,7 @@ def make_words(rng, count=20_000):
 def make_texts(rng, words, lengths):
     """Return a text for each number of words; words are drawn by Zipf's law."""
     share = 1 / np.arange(1.0, 1 + len(words))
-    drawn = rng.choice(len(words), size=int(lengths.sum()), p=share / share.sum())
+    drawn = rng.choice(len(words), size=int(lengths.sum()), p=share / share.sum()).tolist()
     ends = lengths.cumsum()
     return [
         " ".join(words[i] for i in drawn[end - n : end]).capitalize() + "."
