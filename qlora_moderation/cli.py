@@ -23,7 +23,8 @@ from qlora_moderation.config import (
     TuneConfig,
 )
 from qlora_moderation.errors import ConfigError, Interrupted, ModerationError, SaidByMainError
-from qlora_moderation.options import build_parser, load_options
+from qlora_moderation.inputs import check_inputs
+from qlora_moderation.options import build_parser, load_options, nearest
 
 
 def _run_train(config: TrainConfig) -> None:
@@ -106,6 +107,7 @@ def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = Non
     parser = build_parser(config_class, description, prog)
     try:
         config: Any = load_options(config_class, parser, sys.argv[1:] if argv is None else argv)
+        check_inputs(config)
     except ModerationError as error:
         return _report_early(error)
     _silence_libraries()
@@ -188,6 +190,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in _JOBS:
         return run_job(arguments[0], arguments[1:], prog=f"qlora-moderation {arguments[0]}")
+    if arguments and not arguments[0].startswith("-"):
+        word = arguments[0]
+        return _report(ConfigError(f"unknown job {word}{nearest(word, _JOBS)}; the jobs are {', '.join(_JOBS)}"))
     lines = ["usage: qlora-moderation JOB FLAGS; `qlora-moderation JOB --help` lists the flags", "", "jobs:"]
     print("\n".join([*lines, *(f"  {name:12}{description}" for name, (_, _, description) in _JOBS.items())]))
     return 0 if arguments in (["--help"], ["-h"]) else 2

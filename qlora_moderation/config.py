@@ -56,6 +56,11 @@ class TrainConfig:
     )
     on_bad_row: Literal["stop", "skip"] = option("stop", "what a broken row does")
     long_text: Literal["window", "truncate"] = option("window", "scoring of texts beyond max_length")
+    cache_dir: str | None = option(
+        "auto",
+        "parsed and tokenised rows, kept for the next start in a directory that you alone can read, for it holds their "
+        "texts; auto: $XDG_CACHE_HOME/qlora_moderation, or ~/.cache/qlora_moderation; none: nothing is kept",
+    )
 
     # loop
     output_dir: str = option(help="run directory")

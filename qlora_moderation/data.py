@@ -13,14 +13,16 @@ import dataclasses
 import hashlib
 import json
 import random
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qlora_moderation.annotation import Annotation, BadRow, read_annotation
 from qlora_moderation.errors import DataError
-from qlora_moderation.rows import parse_spec, read_rows
+from qlora_moderation.rows import Source, parse_spec, read_rows
 from qlora_moderation.taxonomy import Taxonomy
 
 
@@ -75,94 +77,9 @@ class Pairs:
             for text in (prompt, response):
                 raw = text.encode()
                 digest.update(len(raw).to_bytes(8, "little") + raw)
-        for array in (self.labels, self.flagged, self.weight):
-            digest.update(b"" if array is None else np.ascontiguousarray(array, dtype=np.float64).tobytes())
+        for votes in (self.labels, self.flagged, self.weight):
+            digest.update(b"" if votes is None else np.ascontiguousarray(votes, dtype=np.float64).tobytes())
         return digest.hexdigest()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Annotation:
-    prompt: str
-    response: str
-    labels: tuple[bool, ...] | None
-    flagged: bool | None
-    model: str | None
-    verdicts: dict[str, bool]
-    place: str
-
-
-class _BadRow(Exception):
-    """Why a row cannot be used; texts that a user wrote are shown short and printable."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason.encode("utf-8", "backslashreplace").decode())
-
-
-def _show(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else shown[:77] + "..."
-
-
-def _has_lone_surrogate(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _read_text(row: dict[str, Any], column: str) -> str:
-    if column not in row:
-        raise _BadRow(f"column {column} is missing; found {', '.join(map(str, row)) or 'none'}")
-    text = row[column]
-    if not isinstance(text, str):
-        raise _BadRow(f"{column} is {'empty (null)' if text is None else type(text).__name__}, not text")
-    if _has_lone_surrogate(text):
-        raise _BadRow(f"{column} holds a lone surrogate, which is no character")
-    return text
-
-
-def _read_flag(value: Any, column: str) -> bool:
-    if not isinstance(value, bool | np.bool_):
-        raise _BadRow(f"{column} is {_show(value)}, not true or false")
-    return bool(value)
-
-
-def _read_labels(row: dict[str, Any], taxonomy: Taxonomy) -> tuple[tuple[bool, ...], bool]:
-    if "is_safe" not in row:
-        raise _BadRow("column is_safe is missing")
-    flagged = not _read_flag(row["is_safe"], "is_safe")
-    if taxonomy.labels_from == "is_safe":
-        return (flagged,), flagged
-    # a CSV may hold one column for each category
-    votes = row.get("category", {name: row[name] for name in taxonomy.categories if name in row} or None)
-    if votes is None:
-        raise _BadRow("column category is missing")
-    if not isinstance(votes, dict):
-        raise _BadRow(f"category is {_show(votes)}, not a mapping of names to true or false")
-    unknown = [str(name) for name in votes if name not in taxonomy.categories]
-    missing = [name for name in taxonomy.categories if name not in votes]
-    if unknown or missing:
-        parts = [f"{what} {', '.join(names)}" for what, names in (("unknown", unknown), ("missing", missing)) if names]
-        raise _BadRow(f"category {' and '.join(parts)}; name the row's categories with --taxonomy")
-    labels = tuple(_read_flag(votes[name], f"category {name}") for name in taxonomy.categories)
-    if any(labels) != flagged:
-        ticked = [name for name, label in zip(taxonomy.categories, labels, strict=True) if label]
-        raise _BadRow(f"is_safe is {not flagged}, but the categories ticked are: {', '.join(ticked) or 'none'}")
-    return labels, flagged
-
-
-def _read_annotation(row: dict[str, Any], taxonomy: Taxonomy, place: str) -> _Annotation:
-    prompt, response = _read_text(row, "prompt"), _read_text(row, "response")
-    model = _read_text(row, "model") if row.get("model") is not None else None
-    votes = row.get("flagged")
-    if votes is not None and not isinstance(votes, dict):
-        raise _BadRow(f"flagged is {_show(votes)}, not a mapping of moderators to true or false")
-    if any(_has_lone_surrogate(str(name)) for name in votes or {}):
-        raise _BadRow("flagged names a moderator with a lone surrogate, which is no character")
-    verdicts = {
-        str(name): _read_flag(vote, f"flagged by {name}") for name, vote in (votes or {}).items() if vote is not None
-    }
-    if verdicts and "is_safe" not in row:  # `category` is then the question's topic in words, not labels
-        return _Annotation(prompt, response, None, None, model, verdicts, place)
-    labels, flagged = _read_labels(row, taxonomy)
-    return _Annotation(prompt, response, labels, flagged, model, verdicts, place)
 
 
 def load_pairs(
@@ -184,63 +101,123 @@ def load_pairs(
     Raises:
         DataError: a source cannot be read, a row is broken, or no row is left.
     """
-    groups: dict[tuple[str, str, str | None], list[_Annotation]] = {}
-    skipped: list[str] = []
-    labelled: bool | None = None
-    for source in parse_spec(spec):
+    sources = parse_spec(spec)
+    tell_renamed(sources, log)
+    pairs = aggregate_rows(sources, taxonomy, on_bad_row)
+    check_usable(spec, pairs, log, need_labels)
+    return pairs
+
+
+def tell_renamed(sources: Iterable[Source], log: Callable[[str], None]) -> None:
+    """Log which splits stand for others."""
+    for source in sources:
         if source.note:
             log(source.note)
+
+
+def check_usable(spec: str, pairs: Pairs, log: Callable[[str], None], need_labels: bool) -> None:
+    """Log how many rows were left out, and refuse pairs that cannot serve.
+
+    Raises:
+        DataError: no row is left, or labels are needed and there are none.
+    """
+    skipped = pairs.skipped_rows
+    if skipped:
+        log(f"{spec}: {len(skipped)} broken rows left out, the first is {skipped[0]}")
+    if not len(pairs):
+        raise DataError(f"{spec}: holds no usable row" + (f"; the first fault: {skipped[0]}" if skipped else ""))
+    if need_labels and pairs.labels is None:
+        raise DataError(f"{spec}: holds moderators' verdicts only; labelled rows have the columns category and is_safe")
+
+
+def aggregate_rows(sources: Iterable[Source], taxonomy: Taxonomy, on_bad_row: str = "stop") -> Pairs:
+    """Read all rows once and count the votes of each distinct pair; memory grows with pairs, not with annotations.
+
+    Args:
+        sources: of the rows, in their order.
+        taxonomy: names and order of the labels.
+        on_bad_row: `stop` at the first broken row, or `skip` and keep its place and reason.
+
+    Raises:
+        DataError: a source cannot be read, or a row is broken and stops.
+    """
+    votes, skipped = _Votes(len(taxonomy.categories)), list[str]()
+    for source in sources:
         for place, row in read_rows(source):
             try:
                 if isinstance(row, str):
-                    raise _BadRow(row)
-                annotation = _read_annotation(row, taxonomy, place)
-                if labelled is None:
-                    labelled = annotation.labels is not None
-                if labelled != (annotation.labels is not None):
-                    raise _BadRow("labelled rows and rows with verdicts only do not mix in one data set")
-            except _BadRow as error:
+                    raise BadRow(row)
+                votes.add(read_annotation(row, taxonomy, place))
+            except BadRow as error:
                 if on_bad_row == "stop":
                     raise DataError(
                         f"{place}: {error}; mend it, or leave such rows out with --on_bad_row skip"
                     ) from None
                 skipped.append(f"{place}: {error}")
-                continue
-            groups.setdefault((annotation.prompt, annotation.response, annotation.model), []).append(annotation)
-    if skipped:
-        log(f"{spec}: {len(skipped)} broken rows left out, the first is {skipped[0]}")
-    if not groups:
-        raise DataError(f"{spec}: holds no usable row" + (f"; the first fault: {skipped[0]}" if skipped else ""))
-    if need_labels and not labelled:
-        raise DataError(f"{spec}: holds moderators' verdicts only; labelled rows have the columns category and is_safe")
-    return _aggregate(groups, bool(labelled), skipped)
+    return votes.to_pairs(skipped)
 
 
-def _aggregate(
-    groups: dict[tuple[str, str, str | None], list[_Annotation]], labelled: bool, skipped: list[str]
-) -> Pairs:
-    moderators = sorted({name for group in groups.values() for annotation in group for name in annotation.verdicts})
-    verdicts = {name: np.full(len(groups), np.nan) for name in moderators}
-    for index, group in enumerate(groups.values()):
-        for name in moderators:
-            votes = [annotation.verdicts[name] for annotation in group if name in annotation.verdicts]
-            if votes:
-                verdicts[name][index] = np.mean(votes)
-    models = [model or "" for _, _, model in groups] if any(model is not None for _, _, model in groups) else None
-    return Pairs(
-        prompts=[prompt for prompt, _, _ in groups],
-        responses=[response for _, response, _ in groups],
-        labels=np.array([np.mean([a.labels or () for a in group], axis=0) for group in groups.values()])
-        if labelled
-        else None,
-        flagged=np.array([np.mean([a.flagged for a in group]) for group in groups.values()]) if labelled else None,
-        weight=np.array([len(group) for group in groups.values()], dtype=np.int64),
-        places=[group[0].place for group in groups.values()],
-        models=models,
-        verdicts=verdicts,
-        annotations=sum(map(len, groups.values())),
-        skipped_rows=skipped,
-    )
+class _Votes:
+    """Votes counted pair by pair."""
+
+    def __init__(self, categories: int) -> None:
+        self._index: dict[tuple[str, str, str | None], int] = {}
+        self._none = array("i", bytes(4 * categories))
+        self._ticks = array("i")  # N x C, row after row
+        self._flags, self._weight = array("i"), array("q")
+        self._places: list[str] = []
+        self._verdicts: dict[str, dict[int, tuple[int, int]]] = {}  # moderator -> pair -> (yes, all)
+        self._labelled: bool | None = None
+
+    def add(self, annotation: Annotation) -> None:
+        """Count one annotation.
+
+        Raises:
+            BadRow: the others have labels and this one has none, or the other way round.
+        """
+        labels = annotation.labels
+        if self._labelled is None:
+            self._labelled = labels is not None
+        if self._labelled != (labels is not None):
+            raise BadRow("labelled rows and rows with verdicts only do not mix in one data set")
+        pair = self._index.setdefault((annotation.prompt, annotation.response, annotation.model), len(self._places))
+        if pair == len(self._places):
+            self._places.append(annotation.place)
+            self._ticks.extend(self._none)
+            self._flags.append(0)
+            self._weight.append(0)
+        self._weight[pair] += 1
+        if annotation.flagged:
+            self._flags[pair] += 1
+            for index, ticked in enumerate(labels or (), start=pair * len(self._none)):
+                self._ticks[index] += ticked
+        for name, verdict in annotation.verdicts.items():
+            given = self._verdicts.setdefault(name, {})
+            yes, every = given.get(pair, (0, 0))
+            given[pair] = yes + verdict, every + 1
+
+    def to_pairs(self, skipped: list[str]) -> Pairs:
+        """Return the pairs in the order of their first annotations."""
+        pairs, labelled = len(self._places), bool(self._labelled)
+        weight = np.array(self._weight, dtype=np.int64)
+        ticks = np.array(self._ticks, dtype=np.int32).reshape(pairs, len(self._none))
+        verdicts = {name: np.full(pairs, np.nan) for name in sorted(self._verdicts)}
+        for name, mean in verdicts.items():
+            for pair, (yes, every) in self._verdicts[name].items():
+                mean[pair] = yes / every
+        named = any(model is not None for _, _, model in self._index)
+        return Pairs(
+            prompts=[prompt for prompt, _, _ in self._index],
+            responses=[response for _, response, _ in self._index],
+            labels=ticks / weight[:, None] if labelled else None,
+            flagged=np.array(self._flags, dtype=np.int32) / weight if labelled else None,
+            weight=weight,
+            places=self._places,
+            models=[model or "" for _, _, model in self._index] if named else None,
+            verdicts=verdicts,
+            annotations=int(weight.sum()),
+            skipped_rows=skipped,
+        )
 
 
 def split_by_prompt(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pairs]:
@@ -248,6 +225,18 @@ def split_by_prompt(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pa
 
     Returns:
         (kept, held out); no prompt stands in both.
+
+    Raises:
+        DataError: fewer than two prompts, or nothing would be left to train on.
+    """
+    kept, held_out = choose_held_out(pairs, fraction, seed)
+    training = pairs.take(kept)
+    training.skipped_rows = pairs.skipped_rows
+    return training, pairs.take(held_out)
+
+
+def choose_held_out(pairs: Pairs, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Return the indices of `split_by_prompt`: (kept, held out), both ascending.
 
     Raises:
         DataError: fewer than two prompts, or nothing would be left to train on.
@@ -267,10 +256,7 @@ def split_by_prompt(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pa
             f"holding out {fraction:.0%} of {len(by_prompt)} prompts leaves no training or no validation pair; give "
             "--eval_data_name_or_path, or more training rows"
         )
-    kept = [index for index in range(len(pairs)) if index not in held_out]
-    training = pairs.take(kept)
-    training.skipped_rows = pairs.skipped_rows
-    return training, pairs.take(sorted(held_out))
+    return [index for index in range(len(pairs)) if index not in held_out], sorted(held_out)
 
 
 def write_pairs(path: Path, pairs: Pairs, taxonomy: Taxonomy) -> None:

@@ -82,10 +82,11 @@ def _digest(raw: bytes) -> int:
 
 
 def _hash_all(texts: Sequence[str]) -> np.ndarray:
-    known: dict[str, int] = {}
-    return np.array([known.setdefault(text, _digest(_normalise(text))) for text in texts], dtype=np.uint64)
+    known = {text: _digest(_normalise(text)) for text in set(texts)}
+    return np.array([known[text] for text in texts], dtype=np.uint64)
 
 
 def _hash_pairs(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+    known = {prompt: _normalise(prompt) + b"\0" for prompt in set(prompts)}  # a prompt stands in several pairs
     both = zip(prompts, responses, strict=True)
-    return np.array([_digest(_normalise(p) + b"\0" + _normalise(r)) for p, r in both], dtype=np.uint64)
+    return np.array([_digest(known[p] + _normalise(r)) for p, r in both], dtype=np.uint64)

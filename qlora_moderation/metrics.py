@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from qlora_moderation.errors import ConfigError
+from qlora_moderation.options import nearest
 from qlora_moderation.thresholds import Judgement
 
 Metrics = dict[str, float | None]
@@ -23,6 +25,17 @@ def selecting_metrics(categories: Sequence[str]) -> list[str]:
     """Return the names by which weights can be selected: those of `compute_metrics` where higher is better."""
     names = [f"{part}/{key}" for part in ("flagged", "micro", "macro", *categories) for key in _BINARY]
     return [name for name in names if name != "macro/accuracy"]
+
+
+def check_selecting(name: str, categories: Sequence[str]) -> None:
+    """Refuse a metric by which no weights can be selected.
+
+    Raises:
+        ConfigError: with the nearest known one.
+    """
+    allowed = selecting_metrics(categories)
+    if name not in allowed:
+        raise ConfigError(f"--metric_for_best_model {name}: is no metric of this taxonomy{nearest(name, allowed)}")
 
 
 def majority(votes: np.ndarray) -> np.ndarray:

@@ -12,18 +12,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from qlora_moderation.audit import compute_audit, describe_audit
 from qlora_moderation.batching import count_steps, step_batch
 from qlora_moderation.classifier import Classifier
 from qlora_moderation.config import TrainConfig
-from qlora_moderation.data import Pairs, load_pairs, split_by_prompt
+from qlora_moderation.data import Pairs, choose_held_out
 from qlora_moderation.distributed import world_size
 from qlora_moderation.memory import count_weights, describe_static_memory
 from qlora_moderation.optim import warmup_steps
 from qlora_moderation.scoring import default_token_budget
+from qlora_moderation.token_cache import Corpus, TokenCache, find_directory, load_corpus
+from qlora_moderation.token_ids import TokenIds
 
 Log = Callable[[str], None]
 
@@ -35,14 +36,14 @@ class Material:
     Attributes:
         training: N labelled pairs.
         validation: labelled pairs, or None.
-        ids: N token-id arrays of the training pairs.
+        ids: token ids of the N training pairs.
         warnings: lines that report and card repeat.
         audit: see `audit.compute_audit`.
     """
 
     training: Pairs
     validation: Pairs | None
-    ids: list[np.ndarray]
+    ids: TokenIds
     warnings: list[str]
     audit: dict[str, Any]
 
@@ -66,26 +67,31 @@ def load_material(config: TrainConfig, classifier: Classifier, log: Log) -> Mate
         DataError: see `data.load_pairs`.
     """
     taxonomy, encoder = classifier.taxonomy, classifier.encoder
-    training = load_pairs(config.train_data_name_or_path, taxonomy, config.on_bad_row, log, need_labels=True)
+    cache = TokenCache(find_directory(config.cache_dir), log, read_only=config.dry_run)
+    training = load_corpus(config.train_data_name_or_path, encoder, config.on_bad_row, log, cache)
     validation, warnings = None, []
     if config.eval_data_name_or_path:
         spec = config.eval_data_name_or_path
-        validation = load_pairs(spec, taxonomy, config.on_bad_row, log, need_labels=True)
+        validation = load_corpus(spec, encoder, config.on_bad_row, log, cache).pairs
         if config.eval_strategy != "no" and re.search(r"(?<![a-z])test(?![a-z])", Path(spec).name.lower()):
             warnings.append(
                 f"the best weights are selected on {Path(spec).name}, by its name a test split: its metrics are no estimate "
                 "for new data"
             )
     elif config.holds_out:
-        training, validation = split_by_prompt(training, config.holds_out, config.seed)
+        training, validation = _hold_out(training, config)
         log(
             f"validation: {len(validation)} pairs of whole prompts held out of the training data ({config.holds_out:.0%})"
         )
-    lengths = np.array(encoder.count_tokens(training.prompts, training.responses))
-    audit = compute_audit(training, taxonomy, lengths, config.max_length, validation)
-    windows = encoder.encode(training.prompts, training.responses)
-    ids = [np.array(window.ids, dtype=np.int32) for window in windows]
-    return Material(training, validation, ids, warnings, audit)
+    audit = compute_audit(training.pairs, taxonomy, training.token_counts, config.max_length, validation)
+    return Material(training.pairs, validation, training.ids, warnings, audit)
+
+
+def _hold_out(corpus: Corpus, config: TrainConfig) -> tuple[Corpus, Pairs]:
+    kept, held_out = choose_held_out(corpus.pairs, config.holds_out, config.seed)
+    training = corpus.take(kept)
+    training.pairs.skipped_rows = corpus.pairs.skipped_rows
+    return training, corpus.pairs.take(held_out)
 
 
 def count_pairs_per_step(config: TrainConfig, processes: int) -> int:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -34,6 +36,38 @@ class Source:
 
     def __str__(self) -> str:
         return self.name if self.split is None else f"{self.name}:{self.split}"
+
+    @functools.cached_property
+    def hub_set(self) -> Any:
+        """The split of the hub set, opened once.
+
+        Raises:
+            DataError: it cannot be loaded.
+        """
+        import datasets
+
+        try:
+            return datasets.load_dataset(self.name, split=self.split, revision=self.revision)
+        except Exception as error:  # datasets raises many kinds: no network, no such set, no such split, gated
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(
+                f"{self}: cannot be loaded from the hub ({type(error).__name__}: {reason}); check name, split and network, "
+                "or download the file and give its path"
+            ) from None
+
+    def fingerprint(self) -> str | None:
+        """Return what changes with the content: a SHA-256 of the file, or what `datasets` knows a hub set by; None: nothing.
+
+        Raises:
+            DataError: the source cannot be read.
+        """
+        if self.split is not None:
+            return getattr(self.hub_set, "_fingerprint", None)
+        try:
+            with Path(self.name).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise _unreadable(self.name, error) from None
 
 
 def parse_spec(spec: str) -> list[Source]:
@@ -80,7 +114,11 @@ def read_rows(source: Source) -> Iterator[tuple[str, dict[str, Any] | str]]:
     try:
         yield from reader[path.suffix.lower()](path)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path | str, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot be read ({error.strerror or error})")
 
 
 def _as_row(value: Any) -> dict[str, Any] | str:
@@ -102,9 +140,10 @@ def _reason(error: Exception) -> str:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    name = str(path)
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
-            place = f"{path}, line {number}"
+            place = f"{name}, line {number}"
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             except UnicodeDecodeError as error:
@@ -209,15 +248,5 @@ def _batch_rows(batch: Any) -> list[dict[str, Any] | str]:
 
 
 def _read_hub(source: Source) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(source.name, split=source.split, revision=source.revision)
-    except Exception as error:  # datasets raises many kinds: no network, no such set, no such split, gated
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(
-            f"{source}: cannot be loaded from the hub ({type(error).__name__}: {reason}); check name, split and network, "
-            "or download the file and give its path"
-        ) from None
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(source.hub_set, start=1):
         yield f"{source}, row {number}", row

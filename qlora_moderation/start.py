@@ -25,6 +25,7 @@ _MAY_DIFFER = {
     "output_dir", "resume", "overwrite_output_dir", "dry_run", "save_strategy", "save_steps", "save_total_limit", "report_to",
     "max_tokens_per_micro_batch", "per_device_eval_batch_size", "gradient_checkpointing", "sharding", "fsdp",
     "fsdp_transformer_layer_cls_to_wrap", "fsdp_cpu_offload", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "cache_dir",
 }  # fmt: skip
 """Options that change neither what a run learns nor what it reports; pairs a step are compared as their product."""
 

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from qlora_moderation.errors import CheckpointError, ConfigError, DataError
 from qlora_moderation.taxonomy import Taxonomy
+from qlora_moderation.token_ids import TokenIds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -132,6 +135,28 @@ class TextEncoder:
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Window]:
         """Return one window for each of N pairs; a long text is cut by the rule of `windows`, to its first window."""
         return [self._split(text, ids)[0] for text, ids in self._numbered(prompts, responses)]
+
+    def encode_all(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[TokenIds, np.ndarray]:
+        """Return what `encode` and `count_tokens` say of N pairs, from one pass and in arrays.
+
+        Returns:
+            The ids of each pair, cut to its first window, and [N] int64 lengths before truncation.
+        """
+        flat, lengths, counts = array("i"), array("q"), array("q")
+        fixed = len(self.begin_ids) + len(self.end_ids)
+        for text, ids in self._numbered(prompts, responses):
+            first = self._split(text, ids)[0].ids
+            flat.extend(first)
+            lengths.append(len(first))
+            counts.append(len(ids) + fixed)
+        found = TokenIds.of(np.frombuffer(flat, dtype=np.int32), np.frombuffer(lengths, dtype=np.int64))
+        return found, np.frombuffer(counts, dtype=np.int64)
+
+    @property
+    def state(self) -> str:
+        """Everything that the ids of a text depend on, as text."""
+        facts = [self.taxonomy.template, self.max_length, self.begin_ids, self.end_ids, sorted(self._control)]
+        return json.dumps([*facts, self._backend.to_str()])
 
     def windows(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Window]:
         """Return overlapping windows that together hold every token of each of N pairs, each with the whole template.

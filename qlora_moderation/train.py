@@ -16,10 +16,9 @@ from qlora_moderation.best import name_weights
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.data import write_pairs
 from qlora_moderation.distributed import is_main, on_main, processes, silent, world_size
-from qlora_moderation.errors import CheckpointError, ConfigError, Interrupted
+from qlora_moderation.errors import CheckpointError, Interrupted
 from qlora_moderation.loop import Loop
-from qlora_moderation.metrics import selecting_metrics
-from qlora_moderation.options import nearest
+from qlora_moderation.metrics import check_selecting
 from qlora_moderation.plan import (
     Log,
     announce,
@@ -127,12 +126,7 @@ def _learn(loop: Loop, run: RunDirectory, start: Start, state: dict[str, Any] | 
 def _check(config: TrainConfig) -> tuple[Taxonomy, Start]:
     """Check what needs no model: taxonomy, metric, trackers, and what the run directory holds."""
     taxonomy = load_taxonomy(config.taxonomy)
-    allowed = selecting_metrics(taxonomy.categories)
-    if config.metric_for_best_model not in allowed:
-        hint = nearest(config.metric_for_best_model, allowed)
-        raise ConfigError(
-            f"--metric_for_best_model {config.metric_for_best_model}: is no metric of this taxonomy{hint}"
-        )
+    check_selecting(config.metric_for_best_model, taxonomy.categories)
     check_trackers(config)
     start = Start() if config.dry_run else decide_start(config, count_pairs_per_step(config, world_size()))
     return taxonomy, start

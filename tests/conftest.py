@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,8 @@ from qlora_moderation.taxonomy import Taxonomy
 from qlora_moderation.train import train
 
 torch.set_num_threads(2)
+_cache_home = tempfile.TemporaryDirectory(prefix="qlora-moderation-tests-")  # removed when the session ends
+os.environ["XDG_CACHE_HOME"] = _cache_home.name  # no test leaves rows in the user's own cache
 
 
 def silent(_: str) -> None:
@@ -168,6 +171,7 @@ def make_config(backbone: Path, data: Path, output: Path | str, **options) -> Tr
         "learning_rate": 2e-3,
         "eval_strategy": "no",
         "use_cpu": True,
+        "cache_dir": None,
     }
     return TrainConfig(**(settings | options))
 

@@ -16,8 +16,8 @@ PACKAGE = "qlora_moderation"
 LAYERS = """
     errors
     strict_yaml options config taxonomy metadata calibration thresholds
-    rows data audit
-    tokenization leakage
+    rows annotation data audit
+    token_ids tokenization leakage token_cache
     batching layout
     distributed interruption staging
     tensor_files nf4
@@ -31,11 +31,11 @@ LAYERS = """
     moderators predictions analysis comparison rendering sections report
     evaluate tune moderation
     quickstart
-    cli
+    inputs cli
 """
 ORDER = LAYERS.split()
 READS_ARGUMENTS = {"cli", "options"}  # options only builds the parser that cli fills
-WITHOUT_TORCH = [*ORDER[: ORDER.index("audit") + 1], "batching", "cli"]
+WITHOUT_TORCH = [*ORDER[: ORDER.index("audit") + 1], "batching", "inputs", "cli"]
 SOURCES = {
     ".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts): path.read_text(encoding="utf-8")
     for path in sorted((ROOT / PACKAGE).rglob("*.py"))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
 import re
 
+import numpy as np
 import pytest
 from conftest import llama3_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -305,6 +307,47 @@ def test_a_lone_surrogate_is_refused(plain):
     for call in (encoder.encode, encoder.windows, encoder.count_tokens):
         with pytest.raises(DataError, match="lone surrogate"):
             call(["fine", "a\ud800"], ["fine", "b"])
+
+
+@pytest.mark.parametrize("chunk", [3, 4096])
+def test_one_pass_gives_what_encode_and_count_tokens_give(plain, chunk, rows, monkeypatch):
+    monkeypatch.setattr(tokenization, "_CHUNK", chunk)
+    encoder = TextEncoder(plain, OTHER_TEMPLATE, 40)
+    pairs = [*((row["prompt"], row["response"]) for row in rows[:20]), (words("q", 90), "a"), ("", words("a", 90))]
+    prompts, responses = map(list, zip(*pairs, strict=True))
+    ids, counts = encoder.encode_all(prompts, responses)
+    expected = [window.ids for window in encoder.encode(prompts, responses)]
+    assert [text.tolist() for text in ids] == expected and ids.values.dtype == np.int32
+    assert counts.tolist() == encoder.count_tokens(prompts, responses) and max(counts) > 40 == max(map(len, expected))
+    assert [len(part) for part in encoder.encode_all([], [])] == [0, 0]
+
+
+def test_token_ids_are_views_that_travel_whole(plain):
+    ids, _ = TextEncoder(plain, TAXONOMY, 64).encode_all([*"abcde"], ["x", "", "y z", "w", "v"])
+    texts = [text.tolist() for text in ids]
+    assert ids[-1].base is not None and [ids[i].tolist() for i in range(5)] == texts and len({*map(len, texts)}) > 1
+    taken = ids.take([4, 1, 1])
+    assert [text.tolist() for text in taken] == [texts[4], texts[1], texts[1]] and taken.values is ids.values
+    assert [text.tolist() for text in ids[1::2]] == texts[1::2]
+    assert [text.tolist() for text in pickle.loads(pickle.dumps(taken))] == [texts[4], texts[1], texts[1]]
+    with pytest.raises(IndexError):
+        _ = ids[5]
+
+
+def test_the_state_of_an_encoder_holds_all_that_its_ids_depend_on(texts):
+    def state(tokenizer=None, taxonomy=TAXONOMY, max_length=64):
+        return TextEncoder(tokenizer or build_tokenizer(texts, 600), taxonomy, max_length).state
+
+    other_end = build_tokenizer(texts, 600)
+    other_end.eos_token = "<unk>"
+    states = [
+        state(),
+        state(build_tokenizer(texts, 590)),
+        state(other_end),
+        state(None, OTHER_TEMPLATE),
+        state(None, TAXONOMY, 65),
+    ]
+    assert len(set(states)) == 5 and state() == states[0]
 
 
 def reload(tokenizer, directory):
