@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
+from qlora_moderation.backbone import brief
 from qlora_moderation.blueprint import Blueprint
+from qlora_moderation.errors import ModerationError
 from qlora_moderation.layout import MicroBatch, Segments, build_micro_batch
 from qlora_moderation.loss import compute_loss
 from qlora_moderation.model import ModerationModel
@@ -26,6 +28,10 @@ from qlora_moderation.recomputation import Recomputation, recompute_layers
 
 COUNTED_ATTENTION = "qlora_moderation_counted"
 _SHORT = 2  # layers that show what one more of them costs: the first differs from the others, which have gradients to pass on
+
+
+class EstimateError(ModerationError):
+    """A network whose activations cannot be foreseen."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +94,9 @@ def compute_activations(
         tokens: T of the micro-batch, padding included.
         device_type: `cuda` counts what a variable-length kernel saves, `cpu` what the attention there does.
         gathered: count `--method full` as fsdp runs it, on weights gathered in the compute type.
+
+    Raises:
+        EstimateError: see `run_step`.
     """
     plain, whole = blueprint.without_nf4(), blueprint.layers
     stride = 2 if recomputation == "selective" else 1
@@ -105,7 +114,11 @@ def compute_activations(
 def run_step(
     blueprint: Blueprint, recomputation: Recomputation, tokens: int, device_type: str, gathered: bool
 ) -> Activations:
-    """Return what a forward and a backward pass through all layers hold; arguments as in `compute_activations`."""
+    """Return what a forward and a backward pass through all layers hold; arguments as in `compute_activations`.
+
+    Raises:
+        EstimateError: the network looks at values, which are not there.
+    """
     network = blueprint.build(torch.device("meta"))[0]
     recompute_layers(network, recomputation)
     half = None if blueprint.compute_dtype == torch.float32 else blueprint.compute_dtype
@@ -123,10 +136,15 @@ def run_step(
         known += [tensor for tensor in vars(seen).values() if isinstance(tensor, torch.Tensor)]
         labels, weight = torch.zeros(len(batch.last), len(blueprint.categories)), torch.ones(len(batch.last))
         model.train()
-        with LiveBytes(known) as bytes_:
-            loss = compute_loss(model(seen), labels, weight, 1.0)
-            kept = bytes_.live
-            loss.backward()
+        try:
+            with LiveBytes(known) as bytes_:
+                loss = compute_loss(model(seen), labels, weight, 1.0)
+                kept = bytes_.live
+                loss.backward()
+        except Exception as error:  # of torch, transformers and PEFT, for operations that need values
+            raise EstimateError(
+                f"{blueprint.spec.name}: its activations cannot be counted without data ({brief(error)})"
+            ) from None
     return Activations(kept, bytes_.peak)
 
 

@@ -24,6 +24,7 @@ from qlora_moderation.classifier import Classifier, autocast_dtype, check_max_le
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.distributed import on_main, world_size
 from qlora_moderation.errors import CheckpointError
+from qlora_moderation.estimate import MemoryEstimate
 from qlora_moderation.metadata import ModelMetadata, Quantization
 from qlora_moderation.model import ModerationModel
 from qlora_moderation.recomputation import recompute_layers
@@ -56,17 +57,7 @@ def build_classifier(
         ModerationError: backbone, tokenizer and options do not go together.
     """
     opened = on_main(lambda: _open_backbone(config, taxonomy, device))
-    blueprint = Blueprint(
-        config=config,
-        spec=opened.spec,
-        compute_dtype=opened.compute_dtype,
-        layout=opened.layout,
-        quantization=opened.quantization,
-        categories=tuple(taxonomy.categories),
-        pad_id=int(opened.tokenizer.pad_token_id),
-        pad_token=str(opened.tokenizer.pad_token),
-    )
-    budget = config.max_tokens_per_micro_batch or default_token_budget(device, config.max_length)
+    blueprint, budget = _draw(config, opened, taxonomy), _budget(config, device)
     capacity = on_main(lambda: choose_capacity(config, blueprint, device, budget))
     built: list[tuple[Any, int | None, list[int]]] = []
     if world_size() > 1:
@@ -98,6 +89,42 @@ def build_classifier(
         sharding=sharding,
         base_fingerprint=base_fingerprint,
         capacity=capacity,
+    )
+
+
+def estimate_memory(
+    config: TrainConfig, taxonomy: Taxonomy, device: torch.device, tokens: int | None = None
+) -> MemoryEstimate:
+    """Return what each process of this run would hold, without reading a weight.
+
+    Args:
+        config: of the run; what it leaves open is decided as in the run itself.
+        taxonomy: its categories count.
+        device: of this process.
+        tokens: T of the largest micro-batch, where it is known; default: the budget, or a whole step of the longest texts.
+
+    Raises:
+        ModerationError: backbone, tokenizer and options do not go together, or the activations cannot be foreseen.
+    """
+    blueprint = _draw(config, _open_backbone(config, taxonomy, device), taxonomy)
+    capacity = choose_capacity(config, blueprint, device, _budget(config, device))
+    return capacity.estimate(tokens=tokens or capacity.setting.tokens)
+
+
+def _budget(config: TrainConfig, device: torch.device) -> int:
+    return config.max_tokens_per_micro_batch or default_token_budget(device, config.max_length)
+
+
+def _draw(config: TrainConfig, opened: _Opened, taxonomy: Taxonomy) -> Blueprint:
+    return Blueprint(
+        config=config,
+        spec=opened.spec,
+        compute_dtype=opened.compute_dtype,
+        layout=opened.layout,
+        quantization=opened.quantization,
+        categories=tuple(taxonomy.categories),
+        pad_id=int(opened.tokenizer.pad_token_id),
+        pad_token=str(opened.tokenizer.pad_token),
     )
 
 

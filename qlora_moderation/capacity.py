@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from qlora_moderation.activations import EstimateError
 from qlora_moderation.blueprint import Blueprint
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.distributed import world_size
@@ -50,6 +51,13 @@ class Capacity:
         setting = dataclasses.replace(self.setting, **changes)  # type: ignore[arg-type]  # fields of Setting
         return MemoryEstimator(self.blueprint, self.device_type).estimate(setting, self.memory)
 
+    def describe(self) -> str:
+        """Return the estimate in words, or why there is none."""
+        try:
+            return self.estimate().describe()
+        except EstimateError as error:
+            return f"none ({error})"
+
     @property
     def holds_back(self) -> bool:
         """Say whether fsdp reduces gradients once a step instead of once a micro-batch."""
@@ -76,7 +84,7 @@ def choose_capacity(config: TrainConfig, blueprint: Blueprint, device: torch.dev
     """Decide what the options leave open.
 
     Candidates are tried from the fastest on: replicas before slices, then no recomputation before every second layer before
-    all. The first one whose estimate fits wins, or the smallest where none does.
+    all. The first one whose estimate fits wins, or the smallest where none does or where it cannot be estimated.
 
     Args:
         config: `sharding`, `fsdp` and `gradient_checkpointing` count.
@@ -138,7 +146,10 @@ def _choose(settings: list[Setting], estimator: MemoryEstimator, memory: int, de
     limit = f"{memory / 2**30:.1f} GiB of {device_type} memory for each process less {reserve(memory, device_type) / 2**30:.2f}"
     before = ""
     for setting in settings:
-        estimate = estimator.estimate(setting, memory)
+        try:
+            estimate = estimator.estimate(setting, memory)
+        except EstimateError as error:
+            return settings[-1], f"the smallest, because there is no estimate: {error}"
         size = f"{estimate.total / 2**30:.2f} GiB"
         need = f"{setting.sharding} with checkpointing {setting.recomputation} needs an estimated {size}"
         if estimate.fits(memory, device_type):

@@ -163,7 +163,7 @@ def _announce_memory(config: TrainConfig, classifier: Classifier, log: Log) -> N
     log(f"each process: {describe_static_memory(classifier.model, config.optim)}")
     if config.dry_run or device.type == "cuda":
         log(
-            f"memory estimate for each process: {capacity.estimate().describe()}; {capacity.memory / 2**30:.1f} GiB are there, "
+            f"memory estimate for each process: {capacity.describe()}; {capacity.memory / 2**30:.1f} GiB are there, "
             f"of which {reserve(capacity.memory, device.type) / 2**30:.2f} GiB stay in reserve"
         )
 

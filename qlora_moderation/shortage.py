@@ -10,12 +10,13 @@ from collections.abc import Iterator
 
 import torch
 
+from qlora_moderation.activations import EstimateError
 from qlora_moderation.capacity import Capacity
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.errors import ModerationError
-from qlora_moderation.estimate import MemoryEstimate
-from qlora_moderation.recomputation import RECOMPUTATIONS
+from qlora_moderation.recomputation import Recomputation
 
+_CLEARLY_LESS = 0.9
 _LEAST_TOKENS = 256  # below it every kernel waits for the next
 
 
@@ -33,11 +34,10 @@ def training_shortage(config: TrainConfig, capacity: Capacity) -> Iterator[None]
     try:
         yield
     except torch.OutOfMemoryError:
-        estimate = capacity.estimate()
-        knobs = _list_knobs(config, capacity, estimate)
+        knobs = _list_knobs(config, capacity)
         raise ShortageError(
             f"--output_dir {config.output_dir}: training ran out of memory on {capacity.device_type} with {_allocated()} of "
-            f"{capacity.memory / 2**30:.2f} GiB; the estimate was {estimate.describe()}; {_advise(knobs)}"
+            f"{capacity.memory / 2**30:.2f} GiB; the estimate was {capacity.describe()}; {_advise(knobs)}"
         ) from None
 
 
@@ -64,16 +64,11 @@ def scoring_shortage(place: str, knob: str, now: int, least: int) -> Iterator[No
         ) from None
 
 
-def _list_knobs(config: TrainConfig, capacity: Capacity, now: MemoryEstimate) -> list[str]:
+def _list_knobs(config: TrainConfig, capacity: Capacity) -> list[str]:
     """Return the options that still can be turned, the cheapest first, with the value to use."""
     setting, knobs = capacity.setting, []
-    stronger = RECOMPUTATIONS[RECOMPUTATIONS.index(setting.recomputation) + 1 :]
-    for mode in stronger:
-        then = capacity.estimate(recomputation=mode)
-        # what ran out although it was foreseen to fit needs clearly less, not just an estimate that fits
-        if mode == stronger[-1] or (then.fits(capacity.memory, capacity.device_type) and then.total <= 0.9 * now.total):
-            knobs.append(f"--gradient_checkpointing {mode}")
-            break
+    if setting.recomputation != "all":
+        knobs.append(f"--gradient_checkpointing {_find_mode(capacity)}")
     tokens = max(config.max_length, setting.tokens // 2, _LEAST_TOKENS)
     if tokens < setting.tokens:
         knobs.append(f"--max_tokens_per_micro_batch {tokens}")
@@ -83,6 +78,17 @@ def _list_knobs(config: TrainConfig, capacity: Capacity, now: MemoryEstimate) ->
     if setting.processes > 1 and setting.sharding != "fsdp":
         methods.append("--sharding fsdp")
     return [*knobs, *([" / ".join(methods)] if methods else [])]
+
+
+def _find_mode(capacity: Capacity) -> Recomputation:
+    """Return `selective` where it saves enough, else `all`."""
+    if capacity.setting.recomputation == "none":
+        with contextlib.suppress(EstimateError):
+            now, then = capacity.estimate(), capacity.estimate(recomputation="selective")
+            # what ran out although it was foreseen to fit needs clearly less, not just an estimate that fits
+            if then.fits(capacity.memory, capacity.device_type) and then.total <= _CLEARLY_LESS * now.total:
+                return "selective"
+    return "all"
 
 
 def _advise(knobs: list[str]) -> str:
