@@ -16,15 +16,19 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from qlora_moderation import backbone as bb
-from qlora_moderation.adapter import add_lora, find_head, replace_head
+from qlora_moderation.adapter import find_head
 from qlora_moderation.batching import Layout
+from qlora_moderation.blueprint import Blueprint
+from qlora_moderation.capacity import choose_capacity
 from qlora_moderation.classifier import Classifier, autocast_dtype, check_max_length, open_tokenizer
 from qlora_moderation.config import TrainConfig
-from qlora_moderation.distributed import on_main, silent, world_size
+from qlora_moderation.distributed import on_main, world_size
 from qlora_moderation.errors import CheckpointError
-from qlora_moderation.fused_layers import fuse_layers
+from qlora_moderation.estimate import MemoryEstimate
 from qlora_moderation.metadata import ModelMetadata, Quantization
 from qlora_moderation.model import ModerationModel
+from qlora_moderation.recomputation import recompute_layers
+from qlora_moderation.scoring import default_token_budget
 from qlora_moderation.sharding import choose_sharding, distribute_model
 from qlora_moderation.taxonomy import Taxonomy
 from qlora_moderation.thresholds import Thresholds
@@ -53,29 +57,25 @@ def build_classifier(
         ModerationError: backbone, tokenizer and options do not go together.
     """
     opened = on_main(lambda: _open_backbone(config, taxonomy, device))
+    blueprint, budget = _draw(config, opened, taxonomy), _budget(config, device)
+    capacity = on_main(lambda: choose_capacity(config, blueprint, device, budget))
     built: list[tuple[Any, int | None, list[int]]] = []
     if world_size() > 1:
-        built.append(_build_network(config, opened, taxonomy, torch.device("meta"), silent))
-    else:
-        built.append(_build_network(config, opened, taxonomy, device, log))
-
-    def wrap(network: Any) -> ModerationModel:
-        autocast = autocast_dtype(opened.compute_dtype)
-        return ModerationModel(network, opened.spec.kind == "encoder", device, autocast)
-
-    sharding = on_main(lambda: choose_sharding(config, wrap(built[0][0]), device))
-    if world_size() > 1:
+        built.append(blueprint.build(torch.device("meta")))
         # NF4 is made where it is used; other weights pass through the memory of rank 0's host once
         place = device if config.method == "qlora" else torch.device("cpu")
-        on_main(lambda: built.append(_build_network(config, opened, taxonomy, place, log)))
+        on_main(lambda: built.append(blueprint.build(place, log)))
+    else:
+        built.append(blueprint.build(device, log))
     network, rows, new_rows = built[-1]
+    recompute_layers(network, capacity.recomputation)
     metadata = on_main(lambda: _describe_model(config, taxonomy, opened))
     if isinstance(network, PeftModel):
         settings = network.peft_config["default"]
         settings.base_model_name_or_path, settings.revision = metadata.base_model, metadata.base_revision
-    model = wrap(network)
+    model = ModerationModel(network, opened.spec.kind == "encoder", device, autocast_dtype(opened.compute_dtype))
     base_fingerprint = on_main(lambda: _fingerprint_base(network))
-    sharding = distribute_model(model, sharding, config, opened.compute_dtype)
+    sharding = distribute_model(model, choose_sharding(capacity), config, opened.compute_dtype)
     return Classifier(
         model=model,
         tokenizer=opened.tokenizer,
@@ -88,6 +88,43 @@ def build_classifier(
         new_head_rows=tuple(new_rows),
         sharding=sharding,
         base_fingerprint=base_fingerprint,
+        capacity=capacity,
+    )
+
+
+def estimate_memory(
+    config: TrainConfig, taxonomy: Taxonomy, device: torch.device, tokens: int | None = None
+) -> MemoryEstimate:
+    """Return what each process of this run would hold, without reading a weight.
+
+    Args:
+        config: of the run; what it leaves open is decided as in the run itself.
+        taxonomy: its categories count.
+        device: of this process.
+        tokens: T of the largest micro-batch, where it is known; default: the budget, or a whole step of the longest texts.
+
+    Raises:
+        ModerationError: backbone, tokenizer and options do not go together, or the activations cannot be foreseen.
+    """
+    blueprint = _draw(config, _open_backbone(config, taxonomy, device), taxonomy)
+    capacity = choose_capacity(config, blueprint, device, _budget(config, device))
+    return capacity.estimate(tokens=tokens or capacity.setting.tokens)
+
+
+def _budget(config: TrainConfig, device: torch.device) -> int:
+    return config.max_tokens_per_micro_batch or default_token_budget(device, config.max_length)
+
+
+def _draw(config: TrainConfig, opened: _Opened, taxonomy: Taxonomy) -> Blueprint:
+    return Blueprint(
+        config=config,
+        spec=opened.spec,
+        compute_dtype=opened.compute_dtype,
+        layout=opened.layout,
+        quantization=opened.quantization,
+        categories=tuple(taxonomy.categories),
+        pad_id=int(opened.tokenizer.pad_token_id),
+        pad_token=str(opened.tokenizer.pad_token),
     )
 
 
@@ -115,38 +152,6 @@ def _open_backbone(config: TrainConfig, taxonomy: Taxonomy, device: torch.device
     if config.method == "qlora":
         quantization = Quantization(config.bnb_4bit_use_double_quant, str(dtype).removeprefix("torch."))
     return _Opened(spec, dtype, layout, reason, tokenizer, encoder, quantization)
-
-
-def _build_network(
-    config: TrainConfig, opened: _Opened, taxonomy: Taxonomy, device: torch.device, log: Callable[[str], None]
-) -> tuple[Any, int | None, list[int]]:
-    """Return the trainable network, the rows of a grown embedding, and the head's new rows; on the meta device: no weights."""
-    torch.manual_seed(config.seed)  # modules that the checkpoint does not hold are made up, as the adapters are
-    # full training keeps fp32 master weights and computes in bfloat16 under autocast
-    weights_dtype = torch.float32 if config.method == "full" else opened.compute_dtype
-    loaded = bb.load_backbone(
-        opened.spec,
-        None,
-        weights_dtype,
-        device,
-        opened.layout,
-        opened.quantization,
-        config.backbone_dropout,
-        empty=device.type == "meta",
-    )
-    network: Any = loaded.model
-    rows = bb.fit_pad_token(network, int(opened.tokenizer.pad_token_id))
-    if rows is not None:
-        log(f"pad token: {opened.tokenizer.pad_token} is new, the embedding grew by one zero row")
-    new_rows, lines = replace_head(network, taxonomy.categories, config.seed)
-    for line in lines:
-        log(line)
-    if config.method != "full":
-        network = add_lora(network, opened.spec, config)
-        fuse_layers(network)
-    if config.gradient_checkpointing:
-        network.gradient_checkpointing_enable({"use_reentrant": False})
-    return network, rows, new_rows
 
 
 def _describe_model(config: TrainConfig, taxonomy: Taxonomy, opened: _Opened) -> ModelMetadata:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_moderation import backbone as bb
 from qlora_moderation.adapter import load_adapter, set_label_names
 from qlora_moderation.batching import Layout
+from qlora_moderation.capacity import Capacity
 from qlora_moderation.distributed import current_device, is_main
 from qlora_moderation.errors import CheckpointError
 from qlora_moderation.export import write_weights
@@ -51,6 +52,7 @@ class Classifier:
         new_head_rows: rows of the head that no training has seen yet.
         sharding: how the ranks share the model.
         base_fingerprint: of the weights that training started from.
+        capacity: what was decided from the memory of the device; None for a model that is not trained.
     """
 
     model: ModerationModel
@@ -64,6 +66,7 @@ class Classifier:
     new_head_rows: tuple[int, ...] = ()
     sharding: Sharding = dataclasses.field(default_factory=lambda: Sharding("none", "one process"))
     base_fingerprint: str = ""
+    capacity: Capacity | None = None
 
     @property
     def pad_id(self) -> int:

@@ -17,6 +17,7 @@ from qlora_moderation.config import (
     BackboneConfig,
     EvaluateConfig,
     MergeConfig,
+    PlanConfig,
     QuickstartConfig,
     ReportConfig,
     TrainConfig,
@@ -31,6 +32,12 @@ def _run_train(config: TrainConfig) -> None:
     from qlora_moderation.train import train
 
     train(config)
+
+
+def _run_plan(config: PlanConfig) -> None:
+    from qlora_moderation.cards import plan_cards
+
+    plan_cards(config)
 
 
 def _run_merge(config: MergeConfig) -> None:
@@ -87,6 +94,11 @@ def _run_quickstart(config: QuickstartConfig) -> None:
 
 _JOBS: dict[str, tuple[type, Callable[[Any], int | None], str]] = {
     "train": (TrainConfig, _run_train, "Train a QA-moderation classifier: LoRA, NF4 QLoRA, or all weights."),
+    "plan": (
+        PlanConfig,
+        _run_plan,
+        "Estimate the memory of each GPU, by method, card and number of GPUs; no download.",
+    ),
     "merge": (MergeConfig, _run_merge, "Merge an adapter and its head into a plain classifier, and prove it."),
     "evaluate": (EvaluateConfig, _run_evaluate, "Evaluate a full, adapter or merged model on labelled or judged rows."),
     "tune": (TuneConfig, _run_tune, "Tune a model's calibration and thresholds on validation rows."),

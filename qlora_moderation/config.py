@@ -35,7 +35,10 @@ class TrainConfig:
     layout: Literal["auto", "packed", "padded"] = option("auto", "how a micro-batch is laid out")
     backbone_dropout: float = option(0.0, "dropout inside the backbone", minimum=0.0, maximum=0.9)
     head_prior: bool = option(True, "start a new head at the base rates of the categories")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    gradient_checkpointing: bool | Literal["auto", "none", "selective", "all"] = option(
+        "auto",
+        "recompute activations: none, selective (every second layer), all; auto: on CUDA as memory asks for, else none",
+    )
     use_cpu: bool = option(False, "stay on the CPU even when CUDA is there")
 
     # LoRA
@@ -124,6 +127,13 @@ class TrainConfig:
         return "fsdp" if self.sharding == "auto" and self.fsdp else self.sharding
 
     @property
+    def recomputation(self) -> Literal["auto", "none", "selective", "all"]:
+        """The checkpointing given, or what the original recipe's switch means; `auto` is decided later."""
+        if isinstance(self.gradient_checkpointing, bool):
+            return "all" if self.gradient_checkpointing else "none"
+        return self.gradient_checkpointing
+
+    @property
     def offloads(self) -> bool:
         """Whether fsdp keeps its slices in CPU memory."""
         return self.fsdp_cpu_offload or "offload" in (self.fsdp or "").split()
@@ -193,6 +203,44 @@ class TrainConfig:
                 f"full fine-tuning rate; the default is {LORA_LEARNING_RATE:g}"
             )
         return lines
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """What `scripts/plan.py` reads."""
+
+    model_name_or_path: str | None = option(
+        None, "backbone: a directory with config.json or a hub name; default: LLaMA-7B's shape, without a download"
+    )
+    model_revision: str | None = option(None, "revision of a backbone from the hub")
+    methods: tuple[Literal["lora", "qlora", "full"], ...] = option(("lora", "qlora", "full"), "rows of the table")
+    cards: tuple[int, ...] = option((8, 16, 24, 48, 80, 141), "memory of the cards in GB")
+    gpus: tuple[int, ...] = option((1, 2, 4, 8), "numbers of GPUs")
+    dtype: Literal["bfloat16", "float32"] = option("bfloat16", "compute type")
+    max_length: int = option(512, "longest text in tokens", minimum=16)
+    max_tokens_per_micro_batch: int = option(16384, "largest token budget that is tried; then its halves", minimum=16)
+    lora_r: int = option(16, "rank of the adapters", minimum=1)
+    target_modules: tuple[str, ...] = option(("all-linear",), "layers that get an adapter")
+    bnb_4bit_use_double_quant: bool = option(True, "quantise the NF4 constants as well (qlora)")
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = option(
+        "adamw_torch_fused", "optimiser"
+    )
+    taxonomy: str | None = option(None, "YAML file with categories and template; default BeaverTails' 14")
+    json: str | None = option(None, "file for the same lines with sizes in bytes")
+
+    def find_faults(self) -> list[str]:
+        """Return contradictions between options."""
+        faults = [
+            f"--{name} {' '.join(map(str, values))}: must be at least 1"
+            for name, values in (("cards", self.cards), ("gpus", self.gpus))
+            if min(values) < 1
+        ]
+        if self.max_tokens_per_micro_batch < self.max_length:
+            faults.append(
+                f"--max_tokens_per_micro_batch {self.max_tokens_per_micro_batch}: is below --max_length {self.max_length}, so "
+                "that a long text would fit no micro-batch; raise it or lower max_length"
+            )
+        return faults
 
 
 @dataclasses.dataclass(frozen=True)

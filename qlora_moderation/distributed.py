@@ -22,6 +22,9 @@ from qlora_moderation.errors import ConfigError, Interrupted, SaidByMainError
 T = TypeVar("T")
 _STEP_TIMEOUT = datetime.timedelta(minutes=30)
 _WORK_TIMEOUT = datetime.timedelta(hours=24)  # while rank 0 downloads, tokenises or writes
+BUCKET_BYTES = 256 * 2**20
+"""Of gradients that replicas add up in one message."""
+
 _patient: dist.ProcessGroup | None = None
 
 
@@ -200,7 +203,7 @@ def highest_over_ranks(number: int) -> int:
     return int(box)
 
 
-def sum_gradients(parameters: Sequence[torch.nn.Parameter], bucket_bytes: int = 256 * 2**20) -> None:
+def sum_gradients(parameters: Sequence[torch.nn.Parameter], bucket_bytes: int = BUCKET_BYTES) -> None:
     """Add up the gradients of replicated parameters over all ranks, in fp32 and in as few messages as `bucket_bytes` allows.
 
     A parameter without a gradient counts as zero, so that all ranks send the same whatever texts they had.

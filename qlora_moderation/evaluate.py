@@ -30,8 +30,9 @@ from qlora_moderation.predictions import (
     write_predictions,
 )
 from qlora_moderation.report import REPORT_FILES, write_report
-from qlora_moderation.scoring import score_pairs
+from qlora_moderation.scoring import default_token_budget, score_pairs
 from qlora_moderation.sections import find_warnings
+from qlora_moderation.shortage import scoring_shortage
 from qlora_moderation.staging import replaced_whole
 from qlora_moderation.taxonomy import Taxonomy
 
@@ -69,7 +70,10 @@ def _evaluate(config: EvaluateConfig, log: Callable[[str], None]) -> dict[str, A
     log(f"thresholds: {classifier.thresholds.describe()}")
     log(f"scoring {len(pairs):,} distinct pairs of {pairs.annotations:,} rows")
     long_text = config.long_text or classifier.metadata.long_text
-    scores = score_pairs(classifier, pairs.prompts, pairs.responses, long_text, config.max_tokens_per_micro_batch)
+    longest = classifier.encoder.max_length
+    budget = config.max_tokens_per_micro_batch or default_token_budget(classifier.model.device, longest)
+    with scoring_shortage(f"--model_path {config.model_path}", "--max_tokens_per_micro_batch", budget, longest):
+        scores = score_pairs(classifier, pairs.prompts, pairs.responses, long_text, budget)
     predictions = judge_scores(pairs, scores, classifier.thresholds, load_hashes(Path(config.model_path)))
 
     def compute() -> dict[str, Any]:

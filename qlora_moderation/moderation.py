@@ -14,6 +14,7 @@ import numpy as np
 from qlora_moderation.classifier import Classifier, load_classifier
 from qlora_moderation.errors import ConfigError, DataError
 from qlora_moderation.scoring import score_pairs
+from qlora_moderation.shortage import scoring_shortage
 from qlora_moderation.taxonomy import Taxonomy
 
 Result = dict[str, Any]
@@ -95,7 +96,8 @@ class QAModeration:
         self, questions: list[str], answers: list[str], batch_size: int, return_bool: bool, threshold: float | None
     ) -> list[Result]:
         budget = batch_size * self.classifier.encoder.max_length
-        raw = score_pairs(self.classifier, questions, answers, max_tokens=budget).probabilities
+        with scoring_shortage("QAModeration.predict", "batch_size", batch_size, 1):
+            raw = score_pairs(self.classifier, questions, answers, max_tokens=budget).probabilities
         judged = self.classifier.thresholds.judge(raw)
         flagged, decided = judged.flagged, judged.categories
         if threshold is not None:

@@ -47,6 +47,12 @@ def _convert(value: Any, annotation: Any, whole: bool = False) -> Any:
     """Turn a YAML value or the text of a flag into the annotated type; `ValueError` says what is allowed."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (Union, types.UnionType):
+        words = [argument for argument in arguments if typing.get_origin(argument) is Literal]
+        if bool in arguments and words:  # a switch that has words of its own beside yes and no
+            allowed = typing.get_args(words[0])
+            if str(value) in allowed or str(value).lower() not in _TRUE | _FALSE:
+                return _convert(str(value), words[0])
+            return _convert(value, bool)
         if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
             return None
         if set(arguments) == {bool, str}:  # a word for which YAML has a boolean of its own

@@ -20,6 +20,7 @@ from qlora_moderation.classifier import Classifier
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.data import Pairs, choose_held_out
 from qlora_moderation.distributed import world_size
+from qlora_moderation.estimate import reserve
 from qlora_moderation.memory import count_weights, describe_static_memory
 from qlora_moderation.optim import warmup_steps
 from qlora_moderation.scoring import default_token_budget
@@ -157,7 +158,20 @@ def announce(config: TrainConfig, classifier: Classifier, material: Material, pl
         f"{config.resolved_learning_rate:g} with {warmup} steps of warm-up"
     )
     log(f"trainable {trainable:,} of {everything:,} weights ({trainable / everything:.2%})")
-    log(f"each process: {describe_static_memory(model, config.optim)}")
+    _announce_memory(config, classifier, log)
+
+
+def _announce_memory(config: TrainConfig, classifier: Classifier, log: Log) -> None:
+    """Print what a process holds; the activations only where somebody waits for the figure, because they take a second."""
+    capacity, device = classifier.capacity, classifier.model.device
+    assert capacity is not None
+    log(f"gradient checkpointing {capacity.recomputation}: {capacity.recomputation_reason}")
+    log(f"each process: {describe_static_memory(classifier.model, config.optim)}")
+    if config.dry_run or device.type == "cuda":
+        log(
+            f"memory estimate for each process: {capacity.describe()}; {capacity.memory / 2**30:.1f} GiB are there, "
+            f"of which {reserve(capacity.memory, device.type) / 2**30:.2f} GiB stay in reserve"
+        )
 
 
 def show_first_pair(config: TrainConfig, classifier: Classifier, material: Material, plan: Plan, log: Log) -> None:

@@ -6,12 +6,9 @@ no rank but rank 0 ever holds more than its share and one layer. Around step 6.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,15 +18,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from qlora_moderation.adapter import find_head
+from qlora_moderation.capacity import Capacity
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.distributed import on_main, raise_together, sum_gradients, world_size
 from qlora_moderation.errors import ConfigError
-from qlora_moderation.memory import compute_static_memory
 from qlora_moderation.model import ModerationModel
 from qlora_moderation.options import nearest
-
-_REPLICA_SHARE = 0.6  # of a device's memory that replicated state may take; activations need the rest
-_HELD_SHARE = 0.125  # of it that gradients may take which wait for the last micro-batch of a step
+from qlora_moderation.recomputation import find_layer_list
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,49 +60,10 @@ class Sharding:
             sum_gradients(parameters)
 
 
-def device_memory(device: torch.device) -> int:
-    """Return the bytes that one process may count on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, ValueError):  # no limit set, or no control groups here
-        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return memory // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def choose_sharding(config: TrainConfig, model: nn.Module, device: torch.device) -> Sharding:
-    """Decide by the options, or by what replicas would take of each device's memory.
-
-    Args:
-        config: its `sharding` and `fsdp` options count.
-        model: the trainable model; its weights may be on the meta device.
-        device: this rank's.
-
-    Raises:
-        ConfigError: `none` with several processes, or an optimiser that cannot work on slices.
-    """
-    kind: Any = config.resolved_sharding
-    processes = world_size()
-    if kind == "none" and processes > 1:
-        raise ConfigError(f"--sharding none means one process, and there are {processes}; use auto, ddp or fsdp")
-    if processes == 1 and config.sharding != "fsdp":
-        return Sharding("none", "one process")
-    memory, parts = device_memory(device), compute_static_memory(model, config.optim)
-    if kind == "auto":
-        replica = sum(parts.values())
-        kind = "ddp" if replica <= _REPLICA_SHARE * memory else "fsdp"
-        reason = (
-            f"a replica takes {replica / 2**30:.2f} GiB without activations, {'within' if kind == 'ddp' else 'beyond'} "
-            f"{_REPLICA_SHARE:.0%} of the {memory / 2**30:.1f} GiB of {device.type} memory for each process"
-        )
-    else:
-        reason = "asked for"
-    if kind == "fsdp" and not config.optim.startswith("adamw_torch"):
-        raise ConfigError(
-            f"--optim {config.optim} cannot work on slices; use --optim adamw_torch_fused, or --sharding ddp"
-        )
-    held = parts["gradients"] <= _HELD_SHARE * memory
-    return Sharding(kind, reason, holds_gradients=held)
+def choose_sharding(capacity: Capacity) -> Sharding:
+    """Share the model as was decided from the memory of the devices."""
+    holds = capacity.sharding != "fsdp" or capacity.holds_back
+    return Sharding(capacity.sharding, capacity.sharding_reason, holds_gradients=holds)
 
 
 def find_layers(model: ModerationModel, class_name: str | None = None) -> list[nn.Module]:
@@ -117,11 +73,7 @@ def find_layers(model: ModerationModel, class_name: str | None = None) -> list[n
         ConfigError: no module is of that class, or there are no layers.
     """
     classifier = model.classifier
-    lists = [module for module in classifier.modules() if isinstance(module, nn.ModuleList) and len(module)]
-    if not lists:
-        raise ConfigError(f"{type(classifier).__name__}: has no list of layers to shard; use --sharding ddp")
-    largest: nn.ModuleList = max(lists, key=lambda found: sum(p.numel() for p in found.parameters()))
-    layers = list(largest)
+    layers = list(find_layer_list(classifier))
     if class_name is None:
         return layers
     chosen = [module for module in classifier.modules() if type(module).__name__ == class_name]

@@ -33,6 +33,7 @@ from qlora_moderation.plots import plot_curves
 from qlora_moderation.prior import set_head_prior
 from qlora_moderation.run_directory import RunDirectory
 from qlora_moderation.sharding import check_nf4_bytes
+from qlora_moderation.shortage import training_shortage
 from qlora_moderation.start import Start, decide_start
 from qlora_moderation.taxonomy import Taxonomy, load_taxonomy
 from qlora_moderation.tracking import check_trackers
@@ -63,8 +64,10 @@ def _train(config: TrainConfig, device: torch.device, log: Log) -> Path:
         torch.backends.cuda.matmul.allow_tf32 = config.tf32
     classifier = build_classifier(apply_bf16(config, device), taxonomy, device, log)
     material = on_main(lambda: load_material(config, classifier, log))
+    assert classifier.capacity is not None
     if config.head_prior:
-        set_head_prior(classifier, material.training, material.ids)
+        with training_shortage(config, classifier.capacity):
+            set_head_prior(classifier, material.training, material.ids)
     plan = build_plan(config, len(material.training), device)
     announce(config, classifier, material, plan, log)
     if classifier.sharding.checksums:
@@ -86,7 +89,8 @@ def _train(config: TrainConfig, device: torch.device, log: Log) -> Path:
     state = None if found is None else on_main(lambda: loop.read_state(found))
     run.open(start.checkpoint, facts)
     try:
-        _learn(loop, run, start, state, log)
+        with training_shortage(config, classifier.capacity):
+            _learn(loop, run, start, state, log)
         run.set_status("finished", best=weights.name)
     except Interrupted as stop:
         run.set_status("interrupted, resumable", reason=str(stop))

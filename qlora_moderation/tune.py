@@ -17,7 +17,8 @@ from qlora_moderation.data import Pairs, load_pairs
 from qlora_moderation.distributed import processes
 from qlora_moderation.errors import CheckpointError, DataError
 from qlora_moderation.leakage import TrainingHashes, load_hashes
-from qlora_moderation.scoring import score_pairs
+from qlora_moderation.scoring import default_token_budget, score_pairs
+from qlora_moderation.shortage import scoring_shortage
 from qlora_moderation.thresholds import PREVIOUS_FILE, Thresholds
 from qlora_moderation.tuning import Objective, TuningSettings, tune
 
@@ -45,9 +46,10 @@ def tune_model(config: TuneConfig, log: Callable[[str], None] = print) -> Thresh
         pairs = load_pairs(config.eval_dataset, classifier.taxonomy, config.on_bad_row, log, need_labels=True)
         pairs, apart = _choose_rows(pairs, load_hashes(directory), settings, log)
         log(f"scoring {len(pairs):,} pairs")
-        scores = score_pairs(
-            classifier, pairs.prompts, pairs.responses, config.long_text, config.max_tokens_per_micro_batch
-        )
+        longest = classifier.encoder.max_length
+        budget = config.max_tokens_per_micro_batch or default_token_budget(classifier.model.device, longest)
+        with scoring_shortage(f"--model_path {directory}", "--max_tokens_per_micro_batch", budget, longest):
+            scores = score_pairs(classifier, pairs.prompts, pairs.responses, config.long_text, budget)
     assert pairs.labels is not None and pairs.flagged is not None
     names = classifier.taxonomy.categories
     thresholds = tune(

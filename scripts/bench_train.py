@@ -3,10 +3,10 @@
 
     python scripts/bench_train.py [--rows FILE] [--methods lora qlora] [--pairs 16 128] [--steps 6] [--rounds 2]
 
-Contenders: `ours`; (a) `dynamic`, Trainer in batches of 16 padded to their longest text, in the very step batches of ours, as the
-original recipe collates; (b) `grouped` and `rebalanced`, the same with Trainer's own length-aware samplers, which make up other
-batches. Each runs in a process of its own, in turn, `--rounds` times; the median speed counts. The first step is not timed.
-Losses of ours and (a) must agree step by step.
+Contenders: `ours`; (a) `dynamic`, Trainer in batches of 16 padded to their longest text, in the very step batches of ours, as
+the original recipe collates; (b) `grouped` and `rebalanced`, the same with Trainer's own length-aware samplers, which make up
+other batches. Each runs in a process of its own, in turn, `--rounds` times; the median speed counts. The first step
+is not timed. Losses of ours and (a) must agree step by step.
 """
 
 import argparse

@@ -191,14 +191,14 @@ def load_and_compare(options: dict[str, Any]) -> dict[str, Any]:
 
 def choose(options: dict[str, Any], memory: int) -> tuple[str, str]:
     """Return the sharding that `auto` chooses on a device with so much memory."""
-    from qlora_moderation import sharding
+    from qlora_moderation import capacity
 
-    kept = sharding.device_memory
-    sharding.device_memory = lambda device: memory
+    kept = capacity.device_memory
+    capacity.device_memory = lambda device: memory
     try:
         chosen = open_classifier(options).sharding
     finally:
-        sharding.device_memory = kept
+        capacity.device_memory = kept
     return chosen.kind, chosen.reason
 
 

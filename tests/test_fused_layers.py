@@ -141,7 +141,7 @@ def test_half_precision_stays_close_to_the_stock_layers(method, llama, build, mo
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this CPU has no bfloat16 units")
     fused = build(llama, method=method, dtype="bfloat16")
-    monkeypatch.setattr("qlora_moderation.assembly.fuse_layers", lambda network: 0)
+    monkeypatch.setattr("qlora_moderation.blueprint.fuse_layers", lambda network: 0)
     stock = build(llama, method=method, dtype="bfloat16")
     ids = [[1, 40, 50, 60, 2], [1, 70, 80, 2]]
     torch.testing.assert_close(logits_of(fused, ids), logits_of(stock, ids), atol=0.02, rtol=0.02)

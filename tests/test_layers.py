@@ -21,8 +21,10 @@ LAYERS = """
     batching layout
     distributed interruption staging
     tensor_files nf4
-    attention products fused_layers backbone adapter model loss memory sharding export classifier assembly
-    optim scoring prior checkpoint
+    attention products fused_layers backbone adapter model loss memory
+    blueprint recomputation activations estimate capacity shortage cards
+    sharding export classifier scoring assembly
+    optim prior checkpoint
     intervals metrics baselines tuning
     plots card
     tracking run_directory start plan best loop train

@@ -19,6 +19,7 @@ from qlora_moderation.options import build_parser, load_options
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {
     "train.py": "train",
+    "plan.py": "plan",
     "evaluate.py": "evaluate",
     "merge_adapter.py": "merge",
     "tune.py": "tune",
@@ -62,7 +63,15 @@ def test_every_command_of_the_readme_parses():
 
 
 def test_scripts_are_thin_and_help_is_light():
-    for name in ("train.py", "evaluate.py", "merge_adapter.py", "tune.py", "build_backbone.py", "quickstart.py"):
+    for name in (
+        "train.py",
+        "plan.py",
+        "evaluate.py",
+        "merge_adapter.py",
+        "tune.py",
+        "build_backbone.py",
+        "quickstart.py",
+    ):
         assert len((ROOT / "scripts" / name).read_text().splitlines()) <= 12
     code = (
         "import sys\nfrom qlora_moderation.cli import run_job\n"
