@@ -9,6 +9,7 @@ text has its own call, which on CPU costs less than a dense block mask.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -41,12 +42,18 @@ def _attend_variable_length(
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
     longest = max(segments.lengths)
-    # torch 2.11 says causal by a flag, later versions by a window that never looks ahead
-    parameters = inspect.signature(varlen_attn).parameters
-    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
     borders = segments.borders
-    attended: Any = varlen_attn(q, k, v, borders, borders, longest, longest, scale=scale, **causal)
+    attended: Any = varlen_attn(q, k, v, borders, borders, longest, longest, scale=scale, **_causal_option())
     return attended[None]
+
+
+@functools.cache
+def _causal_option() -> dict[str, Any]:
+    """Torch 2.11 says causal by a flag, later versions by a window that never looks ahead."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    parameters = inspect.signature(varlen_attn).parameters
+    return {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
 
 
 def packed_attention(

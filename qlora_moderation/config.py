@@ -84,7 +84,7 @@ class TrainConfig:
     warmup_steps: int = option(0, "wins over warmup_ratio when above 0", minimum=0)
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = option("cosine", "schedule")
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = option(
-        "adamw_torch", "optimiser; the 8-bit and paged ones are bitsandbytes'"
+        "adamw_torch_fused", "optimiser; the 8-bit and paged ones are bitsandbytes'"
     )
     adam_beta1: float = option(0.9, "first-moment decay", minimum=0, maximum=0.999999)
     adam_beta2: float = option(0.999, "second-moment decay", minimum=0, maximum=0.999999)

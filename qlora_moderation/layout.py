@@ -42,6 +42,13 @@ class MicroBatch:
     segments: Segments | None = None
 
 
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor from the host to a device; a GPU fetches it by itself, and the host goes on meanwhile."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def build_micro_batch(
     ids: Sequence[Sequence[int] | np.ndarray], layout: Layout, pad_id: int, device: torch.device
 ) -> MicroBatch:
@@ -51,11 +58,11 @@ def build_micro_batch(
         borders = [0, *itertools.accumulate(lengths)]
         row = torch.from_numpy(np.concatenate([np.asarray(text, dtype=np.int64) for text in ids]))[None]
         positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None]
-        on_device = torch.tensor(borders, dtype=torch.int32).to(device, non_blocking=True)
+        on_device = send(torch.tensor(borders, dtype=torch.int32), device)
         return MicroBatch(
-            input_ids=row.to(device, non_blocking=True),
-            position_ids=positions.to(device, non_blocking=True),
-            last=torch.tensor(borders[1:]).sub_(1).to(device, non_blocking=True),
+            input_ids=send(row, device),
+            position_ids=send(positions, device),
+            last=send(torch.tensor(borders[1:]).sub_(1), device),
             segments=Segments(tuple(lengths), on_device),
         )
     longest = max(lengths)
@@ -63,8 +70,8 @@ def build_micro_batch(
     for row_index, text in enumerate(ids):
         rows[row_index, : len(text)] = torch.from_numpy(np.asarray(text, dtype=np.int64))
     return MicroBatch(
-        input_ids=rows.to(device),
+        input_ids=send(rows, device),
         position_ids=torch.arange(longest, device=device).expand(len(ids), -1),
-        last=torch.tensor(lengths, device=device) - 1,
-        attention_mask=(torch.arange(longest)[None] < torch.tensor(lengths)[:, None]).long().to(device),
+        last=send(torch.tensor(lengths) - 1, device),
+        attention_mask=send((torch.arange(longest)[None] < torch.tensor(lengths)[:, None]).long(), device),
     )

@@ -24,7 +24,7 @@ from qlora_moderation.config import TrainConfig
 from qlora_moderation.distributed import gather_full, is_main, rank, sum_over_ranks, world_size
 from qlora_moderation.errors import CheckpointError, Interrupted, ModerationError
 from qlora_moderation.interruption import StopSignals
-from qlora_moderation.layout import build_micro_batch
+from qlora_moderation.layout import build_micro_batch, send
 from qlora_moderation.loss import compute_loss
 from qlora_moderation.metrics import Metrics
 from qlora_moderation.optim import build_optimizer, build_scheduler
@@ -49,6 +49,11 @@ class Loop:
         self.labels = torch.tensor(material.training.labels, dtype=torch.float32)
         self.weight = torch.tensor(material.training.weight, dtype=torch.float32)
         self.best = Best(config, classifier, material, plan)
+        self.reads_late = can_read_late(config, self.device)
+        self.broken = torch.zeros(
+            (), device=self.device
+        )  # 1 from the first step on whose loss or gradient is not finite
+        self.unread: list[dict[str, Any]] = []
         self.done = 0
         self.started = time.monotonic()
 
@@ -75,11 +80,13 @@ class Loop:
         window_start, window_tokens = time.monotonic(), 0
         for step in range(first, plan.total_steps + 1):
             record = self.take_step(step)
-            run.record(record)
-            trackers.log(record, step)
+            self.unread.append(record)
             bar.update()
             window_tokens += record["tokens"]
-            if step % self.config.logging_steps == 0 or step == plan.total_steps:
+            speaks = step % self.config.logging_steps == 0 or step == plan.total_steps
+            if speaks or not self.reads_late:
+                self.read_records(run, trackers)
+            if speaks:
                 now = time.monotonic()
                 say(
                     f"step {step}/{plan.total_steps}  epoch {record['epoch']:.2f}  loss {record['loss']:.4f}  "
@@ -89,10 +96,12 @@ class Loop:
                 )
                 window_start, window_tokens = now, 0
             if plan.eval_steps and (step % plan.eval_steps == 0 or step == plan.total_steps):
+                self.read_records(run, trackers)
                 trackers.log(self.evaluate(step, run, say), step)
                 window_start, window_tokens = time.monotonic(), 0
             stop = signals.agreed() if step < plan.total_steps else 0
             if stop or (plan.save_steps and step % plan.save_steps == 0):
+                self.read_records(run, trackers)
                 self.save_checkpoint(step)
                 window_start, window_tokens = time.monotonic(), 0
             if stop:
@@ -168,7 +177,7 @@ class Loop:
             )
 
     def take_step(self, step: int) -> dict[str, Any]:
-        """Learn from one step batch; returns its record.
+        """Learn from one step batch; returns its record, in which numbers may still be on the device.
 
         Raises:
             NonFiniteError: before any weight has changed.
@@ -187,32 +196,57 @@ class Loop:
                 continue
             chosen = [members[i] for i in positions or [lengths.index(min(lengths))]]
             batch = build_micro_batch([ids[i] for i in chosen], classifier.layout, classifier.pad_id, self.device)
-            labels, weight = self.labels[chosen].to(self.device), self.weight[chosen].to(self.device)
+            labels, weight = send(self.labels[chosen], self.device), send(self.weight[chosen], self.device)
             sharding.before_backward(classifier.model, last=index == len(mine) - 1)
             # a filler has weight 0 and only keeps this rank in step with the others
             share = compute_loss(classifier.model(batch), labels, weight * bool(positions), step_weight)
             share.backward()
             loss += share.detach()
         sharding.reduce_gradients(self.trainable)
-        value = float(sum_over_ranks(loss))
-        norm = float(gather_full(torch.nn.utils.clip_grad_norm_(self.trainable, config.max_grad_norm or math.inf)))
-        if not math.isfinite(norm) or not math.isfinite(value):
-            raise NonFiniteError(self._describe_non_finite(step, value, norm, members))
+        value = sum_over_ranks(loss)
+        norm = gather_full(torch.nn.utils.clip_grad_norm_(self.trainable, config.max_grad_norm or math.inf))
+        broken = torch.isfinite(norm).logical_and_(torch.isfinite(value)).logical_not_().to(self.broken.dtype)
+        self.broken = torch.maximum(self.broken, broken)
+        if self.reads_late:
+            # the device itself leaves the weights alone from the first broken step on, and nobody waits for it here
+            self.optimizer.found_inf = self.broken  # type: ignore[attr-defined]  # read by torch's fused optimisers
+        elif self.broken:
+            raise NonFiniteError(self._describe_non_finite(step, float(value), float(norm)))
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         self.scheduler.step()
         return {
             "step": step,
             "epoch": step / self.plan.steps_per_epoch,
-            "loss": value,
-            "grad_norm": norm,
+            "loss": value if self.reads_late else float(value),
+            "grad_norm": norm if self.reads_late else float(norm),
             "learning_rate": learning_rate,
             "pairs": len(members),
             "tokens": sum(lengths),
             "elapsed_seconds": time.monotonic() - self.started,
         }
 
-    def _describe_non_finite(self, step: int, loss: float, norm: float, members: tuple[int, ...]) -> str:
+    def read_records(self, run: RunDirectory, trackers: Trackers) -> None:
+        """Fetch what is still on the device and write the records of all steps since the last call.
+
+        Raises:
+            NonFiniteError: of the first step whose loss or gradient is not finite; no weight has changed since.
+        """
+        records, self.unread = self.unread, []
+        if self.reads_late and records:
+            numbers = torch.stack(
+                [record[name].float() for record in records for name in ("loss", "grad_norm")]
+            ).tolist()
+            for record, loss, norm in zip(records, numbers[::2], numbers[1::2], strict=True):
+                record.update(loss=loss, grad_norm=norm)
+        for record in records:
+            if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+                raise NonFiniteError(self._describe_non_finite(record["step"], record["loss"], record["grad_norm"]))
+            run.record(record)
+            trackers.log(record, record["step"])
+
+    def _describe_non_finite(self, step: int, loss: float, norm: float) -> str:
+        members = step_batch(len(self.material.ids), self.plan.pairs_per_step, self.config.seed, step - 1)
         places = ", ".join(self.material.training.places[i] for i in members[:3])
         return (
             f"step {step}: loss {loss} with gradient norm {norm} is not finite; no weight was changed. Lower "
@@ -229,6 +263,11 @@ class Loop:
         )
         say(f"step {step}  validation: {shown}{'  best so far, saved' if better else ''}")
         return {f"eval/{key}": number for key, number in metrics.items()}
+
+
+def can_read_late(config: TrainConfig, device: torch.device) -> bool:
+    """Say whether losses may stay on the device until a line is due: a GPU that can itself refuse a broken step."""
+    return device.type == "cuda" and config.optim == "adamw_torch_fused"
 
 
 def _remaining(elapsed: float, done: int, left: int) -> str:

@@ -14,7 +14,7 @@ import torch
 from qlora_moderation.batching import micro_batches
 from qlora_moderation.classifier import Classifier
 from qlora_moderation.distributed import rank, sum_over_ranks, world_size
-from qlora_moderation.layout import build_micro_batch
+from qlora_moderation.layout import build_micro_batch, send
 from qlora_moderation.sharding import reshard
 from qlora_moderation.tokenization import Window
 
@@ -115,7 +115,8 @@ def score_windows(
     lengths = [len(window.ids) for window in windows]
     budget = max_tokens or default_token_budget(device, classifier.encoder.max_length)
     shape = (len(windows), len(classifier.taxonomy.categories))
-    logits = torch.zeros(shape, dtype=torch.float32, device=device)
+    found: list[torch.Tensor] = []
+    order: list[int] = []
     shortest = min(range(len(lengths)), key=lengths.__getitem__)
     for members in micro_batches(lengths, budget, classifier.layout, world_size())[rank()]:
         if not members and not classifier.sharding.needs_fillers:
@@ -123,8 +124,12 @@ def score_windows(
         ids = [windows[i].ids for i in members or [shortest]]
         scored = classifier.model(build_micro_batch(ids, classifier.layout, classifier.pad_id, device))
         if members:
-            logits[members] = scored
+            found.append(scored)
+            order += members
         if progress is not None:
             progress(len(members))
     reshard(classifier.model)
+    logits = torch.zeros(shape, dtype=torch.float32, device=device)
+    if found:
+        logits[send(torch.tensor(order), device)] = torch.cat(found)
     return sum_over_ranks(logits).cpu().numpy()

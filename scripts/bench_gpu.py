@@ -4,18 +4,19 @@
     ./scripts/bench_gpu.sh [--shape 7b | small] [--use_cpu]
 
 Checks first: packed = padded, training under NF4, the guard of sharded NF4 bytes, fsdp on one rank = none, a resumed run = an
-unbroken one. Then tokens a second and peak memory of lora, qlora and scoring, each beside the share of the machine's own
-matrix-product rate. `--shape small --use_cpu` tries the script itself, without a GPU.
+unbroken one. Then, for lora and qlora, tokens a second of five settings beside the share of the machine's own matrix-product
+rate, the highest memory beside the estimate, the operations that a step spends its time in, and scoring; last the rivals of
+`bench_train.py` and `bench_predict.py`. What is done stands in `results.json` and `results.md` under `--output` at any time.
+`--shape small --use_cpu` tries the script itself, without a GPU.
 """
 
 import argparse
 import dataclasses
-import itertools
 import json
 import os
 import random
 import shutil
-import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,12 +32,14 @@ import numpy as np
 import torch
 
 from qlora_moderation.adapter import find_head
-from qlora_moderation.assembly import build_classifier
-from qlora_moderation.classifier import load_classifier
+from qlora_moderation.assembly import build_classifier, estimate_memory
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.distributed import current_device, processes
 from qlora_moderation.embedded import build_tokenizer, render_texts
 from qlora_moderation.interruption import StopSignals
+from qlora_moderation.loop import Loop
+from qlora_moderation.plan import build_plan, load_material
+from qlora_moderation.recomputation import recompute_layers
 from qlora_moderation.sample import build_sample
 from qlora_moderation.scoring import score_pairs
 from qlora_moderation.taxonomy import Taxonomy
@@ -112,8 +115,8 @@ def losses_of(run):
 
 
 def show(name, passed, detail):
-    print(f"check  {name}: {'passed' if passed else 'FAILED'} ({detail})", flush=True)
-    return passed
+    """Return one row of the table of checks."""
+    return {"check": name, "passed": bool(passed), "detail": detail}
 
 
 def check_packing(config, device):
@@ -172,44 +175,140 @@ def check_resume(config, root):
     return show(f"resumed = unbroken, {config.method}", far <= 1e-3, f"{reason}; losses differ by {far:.1e}")
 
 
-def measure_training(config, root, device, weights, rate):
-    """Print tokens a second, share of the matrix-product floor, and peak memory."""
-    run = root / "measured"
-    shutil.rmtree(run, ignore_errors=True)
+def measure_training(classifier, material, config, weights, rate):
+    """Return one row: tokens a second, share of the limit, highest memory and its estimate."""
+    device = classifier.model.device
+    network = classifier.model.network
+    network.gradient_checkpointing_disable()
+    recompute_layers(network, config.recomputation)
+    row = {"method": config.method, "tokens": config.max_tokens_per_micro_batch, "checkpointing": config.recomputation}
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    train(dataclasses.replace(config, output_dir=str(run), max_steps=12), lambda line: None)
-    records = losses_of(run)[1]
-    speeds = [
-        record["tokens"] / (record["elapsed_seconds"] - before["elapsed_seconds"])
-        for before, record in itertools.pairwise(records[2:])
+    try:
+        loop = Loop(config, classifier, material, build_plan(config, len(material.training), device), print)
+        classifier.model.train()
+        largest, seconds, learnt = 0, [], 0
+        for step in range(1, config.max_steps + 1):
+            synchronize(device)
+            started = time.perf_counter()
+            record = loop.take_step(step)
+            synchronize(device)
+            if step > 2:
+                seconds.append(time.perf_counter() - started)
+                learnt += record["tokens"]
+            largest = max(largest, record["tokens"])
+        row["losses_finite"] = bool(torch.as_tensor(record["loss"]).isfinite())
+    except torch.OutOfMemoryError:
+        return {**row, "tokens_per_second": None}
+    speed = learnt / sum(seconds)
+    share = {"none": 4, "selective": 5, "all": 6}[config.recomputation]
+    tokens = min(config.max_tokens_per_micro_batch, largest)
+    foreseen = estimate_memory(config, Taxonomy(), device, tokens=tokens).total / 2**30
+    peak = peak_gib(device)
+    return {
+        **row,
+        "tokens_per_second": speed,
+        "share_of_two_passes": speed * 4 * weights / rate,
+        "share_with_recomputation": speed * share * weights / rate,
+        "peak_gib": peak,
+        "estimate_gib": foreseen,
+        "estimate_per_peak": foreseen / peak,
+    }
+
+
+def profile_step(classifier, material, config, count=15):
+    """Return the operations that one step spends most of its time in: name, milliseconds, calls."""
+    device = classifier.model.device
+    loop = Loop(config, classifier, material, build_plan(config, len(material.training), device), print)
+    classifier.model.train()
+    loop.take_step(1)
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    kinds += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
+    with torch.profiler.profile(activities=kinds) as record:
+        loop.take_step(2)
+        synchronize(device)
+    spent = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    events = sorted(record.key_averages(), key=lambda event: -getattr(event, spent))
+    whole = sum(getattr(event, spent) for event in events) or 1
+    return [
+        {"name": e.key[:70], "ms": getattr(e, spent) / 1e3, "share": getattr(e, spent) / whole, "calls": e.count}
+        for e in events[:count]
     ]
-    speed = statistics.median(speeds)
-    floor = rate / (weights * (6 if config.gradient_checkpointing else 4))
-    name = f"{config.method}, {config.sharding}, {config.max_tokens_per_micro_batch} tokens a micro-batch"
-    name += ", recomputing" if config.gradient_checkpointing else ""
-    print(
-        f"train  {name}: {speed:,.0f} tokens/s, {speed / floor:.0%} of the floor {floor:,.0f}, peak {peak_gib(device):.1f} GiB"
-    )
-    sys.stdout.flush()
-    return run
 
 
-def measure_scoring(adapter, rows, device, weights, rate, use_cpu):
-    """Print tokens a second of scoring with an adapter."""
-    classifier = load_classifier(adapter, use_cpu=use_cpu)
+def measure_scoring(classifier, rows, weights, rate):
+    """Return one row: tokens a second of scoring with the adapter as it is, and seconds for a million pairs."""
+    device = classifier.model.device
     lines = [json.loads(line) for line in Path(rows).read_text().splitlines()]
     prompts, responses = [line["prompt"] for line in lines], [line["response"] for line in lines]
     tokens = sum(classifier.encoder.count_tokens(prompts, responses))
     score_pairs(classifier, prompts[:256], responses[:256])
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     synchronize(device)
     started = time.perf_counter()
     score_pairs(classifier, prompts, responses)
-    speed, floor = tokens / (time.perf_counter() - started), rate / (2 * weights)
-    print(
-        f"score  {classifier.metadata.method} adapter: {speed:,.0f} tokens/s, {speed / floor:.0%} of the floor {floor:,.0f}"
-    )
+    spent = time.perf_counter() - started
+    return {
+        "method": classifier.metadata.method,
+        "tokens_per_second": tokens / spent,
+        "share_of_one_pass": tokens / spent * 2 * weights / rate,
+        "seconds_per_million_pairs": spent / len(lines) * 1e6,
+        "peak_gib": peak_gib(device),
+    }
+
+
+def run_rivals(root, backbone, rows, shape):
+    """Run the two benchmarks beside stock tools in processes of their own; returns what they print and their figures."""
+    found = {}
+    small = ["--layers", "2", "--width", "64"] if shape == "small" else ["--backbone", backbone]
+    jobs = {
+        "bench_train": [
+            "--pairs",
+            "16" if shape == "small" else "128",
+            "--steps",
+            "4",
+            "--rounds",
+            "1",
+            "--rows",
+            rows,
+        ],
+        "bench_predict": ["--count", "64" if shape == "small" else "1024", "--rounds", "1", "--rows", rows],
+    }
+    for name, more in jobs.items():
+        more += ["--contenders", "ours", "dynamic", "grouped"] if name == "bench_train" else []
+        figures = root / f"{name}.json"
+        command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *small, *more, "--json", str(figures)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        print(done.stdout if done.returncode == 0 else f"{name} failed: {done.stderr[-2000:]}", flush=True)
+        found[name] = {"printed": done.stdout, "figures": json.loads(figures.read_text()) if figures.exists() else None}
+    return found
+
+
+def as_table(rows):
+    """Return rows of the same keys as a Markdown table."""
+    names = list(max(rows, key=len))
+
+    def show(value):
+        if not isinstance(value, float):
+            return str(value)
+        return f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
+
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    return "\n".join([*lines, *("| " + " | ".join(show(row.get(name, "")) for name in names) + " |" for row in rows)])
+
+
+def write_results(output, results):
+    """Write all that is known so far as JSON and as Markdown."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    parts = [f"{results['hardware']}; {results['versions']}; {results['tflops']:.1f} TFLOP/s in matrix products"]
+    for name in ("checks", "training", "scoring", *sorted(key for key in results if key.startswith("profile"))):
+        if results.get(name):
+            parts.append(f"## {name}\n\n{as_table(results[name])}")
+    parts += [run["printed"] for run in results.get("rivals", {}).values()]
+    (output / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def main():
@@ -217,6 +316,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=sorted(SHAPES), default="7b")
     parser.add_argument("--use_cpu", action="store_true", help="only to try the script")
+    parser.add_argument("--output", default=os.environ.get("OUT", "output/bench_gpu"), help="folder of the results")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and not arguments.use_cpu:
         print("error: no CUDA GPU here; to try the script give --use_cpu --shape small", file=sys.stderr)
@@ -224,53 +324,66 @@ def main():
     import transformers
 
     device = current_device(arguments.use_cpu)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    rate = measure_matrix_rate(device)
-    print(
-        f"{name}, torch {torch.__version__}, transformers {transformers.__version__}: {rate / 1e12:.1f} TFLOP/s in products"
-    )
-    passed = True
+    rate, started = measure_matrix_rate(device), time.monotonic()
+    results = {
+        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "tflops": rate / 1e12,
+        "checks": [],
+        "training": [],
+        "scoring": [],
+    }
+    output = Path(arguments.output)
+    print(f"{results['hardware']}, {results['versions']}: {rate / 1e12:.1f} TFLOP/s in products")
+    small = arguments.shape == "small"
+
+    def note(kind, rows):
+        results[kind] = results.get(kind, []) + rows
+        write_results(output, results)
+        print(f"{time.monotonic() - started:.0f} s\n{as_table(rows)}", flush=True)
+
     with tempfile.TemporaryDirectory() as place, processes(arguments.use_cpu, alone=True):
         root = Path(place)
         texts = render_texts(build_sample(seed=0)["train"])
         backbone, weights = build_backbone(root / "backbone", arguments.shape, texts, device)
-        rows = build_rows(root / "rows.jsonl", 4096 if arguments.shape == "7b" else 300)
-        pairs = 128 if arguments.shape == "7b" else 16
+        rows = build_rows(root / "rows.jsonl", 300 if small else 4096)
         base = TrainConfig(
             model_name_or_path=backbone,
             train_data_name_or_path=rows,
             output_dir=str(root / "run"),
             eval_strategy="no",
             use_cpu=arguments.use_cpu,
-            per_device_train_batch_size=pairs,
+            per_device_train_batch_size=16 if small else 128,
             max_tokens_per_micro_batch=4096,
-            optim="adamw_torch_fused",
+            cache_dir="none",
         )
-        passed &= check_packing(base, device)
+        note("checks", [check_packing(base, device)])
         for method in ("lora", "qlora"):
-            config = dataclasses.replace(base, method=method)
-            passed &= check_sharding(config, root)
-        passed &= check_resume(dataclasses.replace(base, method="qlora"), root)
+            note("checks", [check_sharding(dataclasses.replace(base, method=method), root)])
+        note("checks", [check_resume(dataclasses.replace(base, method="qlora"), root)])
         for method in ("lora", "qlora"):
-            for kind, budget, recompute in (
-                ("none", 4096, False),
-                ("none", 16384, False),
-                ("none", 16384, True),
-                ("fsdp", 16384, False),
-                ("none", 1024, True),
+            config = dataclasses.replace(base, method=method, max_steps=6, gradient_checkpointing="none")
+            classifier = build_classifier(config, Taxonomy(), device, lambda line: None)
+            material = load_material(config, classifier, lambda line: None)
+            for budget, recompute in (
+                (4096, "none"),
+                (16384, "none"),
+                (16384, "selective"),
+                (16384, "all"),
+                (1024, "all"),
             ):
-                config = dataclasses.replace(
-                    base,
-                    method=method,
-                    sharding=kind,
-                    max_tokens_per_micro_batch=budget,
-                    gradient_checkpointing=recompute,
-                )
-                try:
-                    run = measure_training(config, root, device, weights, rate)
-                except torch.OutOfMemoryError:
-                    print(f"train  {method}, {kind}, {budget} tokens a micro-batch: out of memory")
-            measure_scoring(run / "adapter", rows, device, weights, rate, arguments.use_cpu)
+                setting = {"max_tokens_per_micro_batch": budget, "gradient_checkpointing": recompute}
+                changed = dataclasses.replace(config, **setting)
+                note("training", [measure_training(classifier, material, changed, weights, rate)])
+            classifier.model.network.gradient_checkpointing_disable()
+            note(f"profile of {method}", profile_step(classifier, material, config))
+            note("scoring", [measure_scoring(classifier, rows, weights, rate)])
+            del classifier, material
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        results["rivals"] = run_rivals(root, backbone, rows, arguments.shape)
+        write_results(output, results)
+    passed = all(check["passed"] for check in results["checks"])
     print("bench_gpu: " + ("all checks passed" if passed else "a check FAILED"))
     return int(not passed)
 

@@ -243,6 +243,8 @@ def train_rival(
             model, arguments, train_dataset=examples, data_collator=collator, callbacks=[clock, *callbacks]
         )
         trainer.pop_callback("PrinterCallback")
+        # a stock classifier takes any keyword, so Trainer leaves the mean over accumulated batches to it, and nobody takes it
+        trainer.model_accepts_loss_kwargs = False
         if order is not None:
             trainer._get_train_sampler = lambda *_: FixedOrder(order)  # type: ignore[method-assign]
         trainer.train()

@@ -105,6 +105,57 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows(llama, rows_file, tm
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
 
 
+def read_late(monkeypatch) -> None:
+    """Let a CPU run leave its losses where they are until a line is due, as a GPU run does."""
+    monkeypatch.setattr("qlora_moderation.loop.can_read_late", lambda config, device: True)
+
+
+def test_losses_that_are_read_late_are_the_same(llama, rows_file, tmp_path, monkeypatch):
+    options = {
+        "optim": "adamw_torch_fused",
+        "max_steps": 5,
+        "logging_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+    }
+    found = []
+    for name in ("at_once", "late"):
+        train(make_config(llama, rows_file, tmp_path / name, **options), silent)
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        found.append([{k: v for k, v in line.items() if k != "elapsed_seconds"} for line in lines])
+        read_late(monkeypatch)
+    assert found[0] == found[1]
+    assert [line["step"] for line in found[1]] == [1, 2, 3, 3, 4, 5, 5]
+
+
+def test_a_broken_step_that_is_read_late_has_changed_no_weight(llama, rows_file, tmp_path, monkeypatch):
+    from qlora_moderation.loop import Loop, compute_loss
+
+    weights, whole_step = [], Loop.take_step
+
+    def watched(self, step):
+        record = whole_step(self, step)
+        weights.append(torch.cat([p.detach().reshape(-1).clone() for p in self.trainable]))
+        return record
+
+    steps = []
+
+    def poisoned(*arguments):
+        steps.append(1)
+        return compute_loss(*arguments) * (float("nan") if len(steps) == 3 else 1.0)
+
+    read_late(monkeypatch)
+    monkeypatch.setattr(Loop, "take_step", watched)
+    monkeypatch.setattr("qlora_moderation.loop.compute_loss", poisoned)
+    options = {"optim": "adamw_torch_fused", "max_steps": 6, "logging_steps": 5}
+    with pytest.raises(NonFiniteError, match=r"step 3: loss nan .*no weight was changed"):
+        train(make_config(llama, rows_file, tmp_path / "run", **options), silent)
+    assert len(weights) == 5
+    assert not torch.equal(weights[0], weights[1])
+    assert all(torch.equal(weights[1], later) for later in weights[2:])
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
 def test_an_unknown_metric_or_too_little_data_is_refused(llama, rows, rows_file, tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 1}
     with pytest.raises(ConfigError, match=r"micro/f1x: is no metric of this taxonomy .did you mean micro/f1"):
