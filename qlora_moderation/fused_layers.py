@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qlora_moderation.attention import packed_attention
 from qlora_moderation.products import (
     Product,
     collect_factors,
@@ -171,7 +171,8 @@ def _run_attention(
         parts = _QueriesKeysValues.apply(x[0], cos, sin, products, *collect_factors(products))
     queries, keys, values = (part.transpose(0, 1)[None] for part in parts)
     dropout = self.attention_dropout if self.training else 0.0
-    attended, _ = packed_attention(
+    attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+    attended, _ = attend(
         self, queries, keys, values, attention_mask, scaling=self.scaling, dropout=dropout, segments=segments
     )
     return self.o_proj(attended.reshape(*x.shape[:-1], -1)), None

@@ -33,7 +33,9 @@ def compute_log_odds(pairs: Pairs) -> np.ndarray:
     return np.log((yes + 0.5) / (pairs.weight.sum() - yes + 0.5))
 
 
-def set_head_prior(classifier: Classifier, pairs: Pairs, ids: Sequence[np.ndarray]) -> None:
+def set_head_prior(
+    classifier: Classifier, pairs: Pairs, ids: Sequence[np.ndarray], max_tokens: int | None = None
+) -> None:
     """Let the new rows of the head start at the log-odds of their categories.
 
     A head with a bias gets them there. One without (the stock decoders) gets them along the mean last hidden state m of
@@ -43,6 +45,7 @@ def set_head_prior(classifier: Classifier, pairs: Pairs, ids: Sequence[np.ndarra
         classifier: rows of its head that come from an existing classifier are left alone.
         pairs: N training pairs.
         ids: their N token ids.
+        max_tokens: token budget of one forward.
     """
     rows = list(classifier.new_head_rows)
     if not rows:
@@ -63,7 +66,7 @@ def set_head_prior(classifier: Classifier, pairs: Pairs, ids: Sequence[np.ndarra
                 seen.pop()
 
         try:
-            score_windows(classifier, texts, None, forget_filler)
+            score_windows(classifier, texts, max_tokens, forget_filler)
         finally:
             hook.remove()
         total = torch.zeros(head.in_features, device=classifier.model.device)

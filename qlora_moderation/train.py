@@ -67,7 +67,7 @@ def _train(config: TrainConfig, device: torch.device, log: Log) -> Path:
     assert classifier.capacity is not None
     if config.head_prior:
         with training_shortage(config, classifier.capacity):
-            set_head_prior(classifier, material.training, material.ids)
+            set_head_prior(classifier, material.training, material.ids, config.max_tokens_per_micro_batch)
     plan = build_plan(config, len(material.training), device)
     announce(config, classifier, material, plan, log)
     if classifier.sharding.checksums:

@@ -10,9 +10,15 @@ import torch
 from conftest import logits_of
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForSequenceClassification, Qwen2Config, Qwen2ForSequenceClassification
+from transformers import (
+    AttentionInterface,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+)
 
-from qlora_moderation.attention import PACKED_ATTENTION
+from qlora_moderation.attention import PACKED_ATTENTION, packed_attention
 from qlora_moderation.fused_layers import fuse_layers
 from qlora_moderation.layout import build_micro_batch
 from qlora_moderation.model import ModerationModel
@@ -134,6 +140,21 @@ def test_a_switched_off_or_merged_adapter_is_heeded():
         model.network.merge_adapter()
         torch.testing.assert_close(run(model)[0], adapted, atol=1e-4, rtol=1e-4)
     assert float((adapted - plain).abs().max()) > 1e-2
+
+
+def test_the_attention_is_the_one_that_the_configuration_names():
+    calls = []
+
+    def probe(*arguments, **keywords):
+        calls.append(1)
+        return packed_attention(*arguments, **keywords)
+
+    AttentionInterface.register("qlora_moderation_probe", probe)
+    model = build_model(target_modules="all-linear")
+    fuse_layers(model.network)
+    model.classifier.config._attn_implementation = "qlora_moderation_probe"
+    run(model)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
