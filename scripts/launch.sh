@@ -8,6 +8,9 @@ set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 prepare_environment
 processes=${PROCESSES:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+# torchrun by itself would give each of several processes one thread
+threads=$(($(nproc) / processes))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 if [ "${NODES:-1}" -gt 1 ]; then
     place=(--nnodes "$NODES" --rdzv_backend c10d --rdzv_id qlora_moderation
         --rdzv_endpoint "${RENDEZVOUS:?give the first machine as RENDEZVOUS=host:port}")
