@@ -2,7 +2,7 @@
 """What is enough: space, speed and quality of a classifier, merged and as NF4 base with adapter, on the backbones at hand.
 
     python scripts/bench_cost.py --output DIR [--encoder DIR] [--rows FILE --validation FILE] [--steps 300]
-    python scripts/bench_cost.py --output DIR --quick    (half a minute, on the embedded sample)
+    python scripts/bench_cost.py --output DIR --quick    (tiny, on the embedded sample)
 
 Backbones: an encoder (`--encoder`; else MiniLM-L6's shape with random weights), a small LLaMA trained as a language model on
 the rows, and LLaMA-7B's shape with random weights, which needs CUDA (without it: the bytes that `plan` reckons). Each is

@@ -2,7 +2,7 @@
 """Time to quality: seconds of training until ours reaches the micro average precision that the rival has at its end.
 
     python scripts/bench_quality.py [--rows FILE --validation FILE] [--rates 1e-3 3e-3 1e-2] [--epochs 3] [--json FILE]
-    python scripts/bench_quality.py --quick    (a minute, on the embedded sample)
+    python scripts/bench_quality.py --quick    (tiny, on the embedded sample)
 
 The rival is Trainer with PEFT, batches of 16 padded to their longest text, random order. Both learn from the same annotations
 for the same number of epochs: `single`, one of each pair, and `three`, by three simulated annotators (see `annotators.py`),
