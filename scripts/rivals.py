@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import (
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -48,11 +49,15 @@ def load_rows(path: str | None, count: int) -> list[dict[str, Any]]:
     return made
 
 
-def build_small_llama(place: Path, rows: list[dict[str, Any]], layers: int, width: int) -> str:
-    """Write a LLaMA with random weights in LLaMA-7B's proportions, and a tokenizer learnt from the rows."""
+def build_small_llama(
+    place: Path, rows: list[dict[str, Any]], layers: int, width: int, steps: int = 0, vocab_size: int = 8000
+) -> str:
+    """Write a LLaMA in LLaMA-7B's proportions, and a tokenizer learnt from the rows; its weights are random for 0 steps."""
     wide = round(width * 2.6875 / 64) * 64
     shape = {"hidden_size": width, "intermediate_size": wide, "num_layers": layers, "num_heads": max(1, width // 64)}
-    built = build_llama_shape(place, render_texts(rows), vocab_size=8000, steps=0, log=lambda line: None, **shape)
+    built = build_llama_shape(
+        place, render_texts(rows), vocab_size=vocab_size, steps=steps, log=lambda line: None, **shape
+    )
     return str(built)
 
 
@@ -242,7 +247,7 @@ def train_rival(
         trainer = Trainer(
             model, arguments, train_dataset=examples, data_collator=collator, callbacks=[clock, *callbacks]
         )
-        trainer.pop_callback("PrinterCallback")
+        trainer.pop_callback(PrinterCallback)
         # a stock classifier takes any keyword, so Trainer leaves the mean over accumulated batches to it, and nobody takes it
         trainer.model_accepts_loss_kwargs = False
         if order is not None:
