@@ -96,8 +96,10 @@ def _stamps(sources: Sequence[Source]) -> list[tuple[int, int, int]]:
 
 def find_directory(option: str | None) -> Path | None:
     """Return the directory that `--cache_dir` means; None: no cache."""
+    if option in (None, "none"):
+        return None
     if option != "auto":
-        return None if option is None else Path(option)
+        return Path(option)
     base = os.environ.get("XDG_CACHE_HOME", "")
     if Path(base).is_absolute():  # other values are to be ignored, says the XDG base directory specification
         return Path(base) / "qlora_moderation"

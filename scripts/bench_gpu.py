@@ -355,7 +355,7 @@ def main():
             use_cpu=arguments.use_cpu,
             per_device_train_batch_size=16 if small else 128,
             max_tokens_per_micro_batch=4096,
-            cache_dir="none",
+            cache_dir=None,
         )
         note("checks", [check_packing(base, device)])
         for method in ("lora", "qlora"):

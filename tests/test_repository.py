@@ -83,6 +83,14 @@ def test_scripts_are_thin_and_help_is_light():
     assert "--learning_rate" in finished.stdout
 
 
+def test_the_top_level_holds_what_it_should():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    folders = {"qlora_moderation", "scripts", "configs", "tests"}
+    files = {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"}
+    top = {name.partition("/")[0] for name in listed}
+    assert {name for name in top if not name.startswith(".")} <= folders | files
+
+
 def test_nothing_of_a_machine_is_in_the_repository():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     for name in tracked or [str(path.relative_to(ROOT)) for path in (ROOT / "qlora_moderation").glob("*.py")]:

@@ -322,6 +322,7 @@ def test_a_hub_set_is_known_by_its_fingerprint(known, encoder, place, monkeypatc
         ("auto", "relative", Path("/h/.cache/qlora_moderation")),
         ("/y", "/x", Path("/y")),
         (None, "/x", None),
+        ("none", "/x", None),
     ],
 )
 def test_where_the_cache_lies(option, variable, expected, monkeypatch):
