@@ -50,9 +50,8 @@ class Loop:
         self.weight = torch.tensor(material.training.weight, dtype=torch.float32)
         self.best = Best(config, classifier, material, plan)
         self.reads_late = can_read_late(config, self.device)
-        self.broken = torch.zeros(
-            (), device=self.device
-        )  # 1 from the first step on whose loss or gradient is not finite
+        # 1 from the first step on whose loss or gradient is not finite
+        self.broken = torch.zeros((), device=self.device)
         self.unread: list[dict[str, Any]] = []
         self.done = 0
         self.started = time.monotonic()

@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -24,12 +23,13 @@ import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 import numpy as np
 import torch
+from rivals import load_rows, synchronize, write_rows
 
 from qlora_moderation.adapter import find_head
 from qlora_moderation.assembly import build_classifier, estimate_memory
@@ -72,19 +72,6 @@ def build_backbone(place, shape, texts, device):
     return str(place), weights
 
 
-def build_rows(place, pairs):
-    """Write rows whose lengths are like BeaverTails': about 105 tokens on average, one in twenty above 200."""
-    rng, rows = random.Random(0), []
-    sentences = [row["response"] for row in build_sample(seed=0)["train"]]
-    for index in range(pairs):
-        count = max(1, round(rng.lognormvariate(1.1, 0.55)))
-        row = dict(build_sample(seed=0)["train"][index % 1000])
-        row["response"] = " ".join([*rng.choices(sentences, k=count), f"({index})"])
-        rows.append(row)
-    place.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(place)
-
-
 def measure_matrix_rate(device):
     """Return FLOP/s of a square matrix product in the compute type, at the size of LLaMA-7B's layers."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
@@ -98,11 +85,6 @@ def measure_matrix_rate(device):
         synchronize(device)
         rates.append(10 * 2 * size**3 / (time.perf_counter() - started))
     return max(rates)
-
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def peak_gib(device):
@@ -346,7 +328,7 @@ def main():
         root = Path(place)
         texts = render_texts(build_sample(seed=0)["train"])
         backbone, weights = build_backbone(root / "backbone", arguments.shape, texts, device)
-        rows = build_rows(root / "rows.jsonl", 300 if small else 4096)
+        rows = write_rows(root / "rows.jsonl", load_rows(None, 300 if small else 4096))
         base = TrainConfig(
             model_name_or_path=backbone,
             train_data_name_or_path=rows,

@@ -26,7 +26,7 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 import numpy as np
 import torch
 import transformers
-from rivals import build_small_llama, count_layer_weights, load_rows, measure_matrix_rate, synchronize
+from rivals import add_common_flags, build_small_llama, count_layer_weights, load_rows, measure_matrix_rate, synchronize
 
 from qlora_moderation.adapter import replace_head, set_label_names
 from qlora_moderation.backbone import quiet
@@ -77,14 +77,9 @@ def score_with_pipeline(pipe, texts, lengths, names):
 def main():
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", help="JSONL in BeaverTails' layout; default: made-up rows of the same lengths")
-    parser.add_argument("--backbone", help="default: a LLaMA with random weights, 8 layers of width 512")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--width", type=int, default=512)
+    add_common_flags(parser)
     parser.add_argument("--count", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--max_length", type=int, default=1024, help="no text is cut: all contenders read the same")
-    parser.add_argument("--json", help="also write the figures here")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

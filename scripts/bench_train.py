@@ -150,20 +150,17 @@ def compare(arguments, method, pairs, common):
 
 def main():
     """Run the benchmark; with --job one contender."""
+    from rivals import add_common_flags
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", help="JSONL in BeaverTails' layout; default: made-up rows of the same lengths")
-    parser.add_argument("--backbone", help="default: a LLaMA with random weights, 8 layers of width 512")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--width", type=int, default=512)
+    add_common_flags(parser)
     parser.add_argument("--methods", nargs="+", default=["lora", "qlora"])
     parser.add_argument("--pairs", nargs="+", type=int, default=[16, 128])
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(
         "--budget", type=int, help="tokens of a micro-batch of ours; default 2048 on the CPU, 16384 on CUDA"
     )
-    parser.add_argument("--json", help="also write the figures here")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.job:
@@ -171,13 +168,12 @@ def main():
         return 0
     import torch
     import transformers
-    from rivals import build_small_llama, load_rows
+    from rivals import build_small_llama, load_rows, write_rows
 
     cuda = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as place:
         rows = load_rows(arguments.rows, 4096)
-        path = Path(place) / "rows.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        path = write_rows(Path(place) / "rows.jsonl", rows)
         backbone = arguments.backbone
         if backbone is None:
             backbone = build_small_llama(Path(place) / "backbone", rows, arguments.layers, arguments.width)
@@ -185,7 +181,7 @@ def main():
         print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}")
         common = {
             "backbone": backbone,
-            "rows": str(path),
+            "rows": path,
             "output": str(Path(place) / "run"),
             "cuda": cuda,
             "steps": arguments.steps,

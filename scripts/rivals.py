@@ -6,6 +6,7 @@ initial adapters and head, the same token ids, the same optimiser, schedule and 
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import tempfile
@@ -47,6 +48,22 @@ def load_rows(path: str | None, count: int) -> list[dict[str, Any]]:
         words = rng.choices(sentences, k=max(1, round(rng.lognormvariate(1.1, 0.55))))
         made.append({**row, "response": " ".join([*words, f"({index})"])})
     return made
+
+
+def write_rows(place: Path, rows: list[dict[str, Any]]) -> str:
+    """Write rows as JSONL and return the path."""
+    place.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(place)
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what the benchmarks of speed have in common: rows, backbone, its shape, where figures go."""
+    parser.add_argument("--rows", help="JSONL in BeaverTails' layout; default: made-up rows of the same lengths")
+    parser.add_argument("--backbone", help="default: a LLaMA with random weights, 8 layers of width 512")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--json", help="also write the figures here")
 
 
 def build_small_llama(
