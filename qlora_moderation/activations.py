@@ -7,8 +7,11 @@ from the operation that makes it to its end. What kernels allocate for themselve
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -124,7 +127,7 @@ def run_step(
     half = None if blueprint.compute_dtype == torch.float32 else blueprint.compute_dtype
     # autocast of the CPU stands for that of CUDA: without CUDA no tensor can claim to lie there
     model = ModerationModel(network, blueprint.spec.kind == "encoder", torch.device("cpu"), half)
-    if blueprint.layout == "packed" and device_type == "cuda":
+    if blueprint.layout == "packed" and device_type == "cuda" and half is not None:
         model.classifier.set_attn_implementation(COUNTED_ATTENTION)
     if gathered and half is not None and blueprint.config.method == "full":
         model.autocast_dtype = None
@@ -137,7 +140,7 @@ def run_step(
         labels, weight = torch.zeros(len(batch.last), len(blueprint.categories)), torch.ones(len(batch.last))
         model.train()
         try:
-            with LiveBytes(known) as bytes_:
+            with _unheard(), LiveBytes(known) as bytes_:
                 loss = compute_loss(model(seen), labels, weight, 1.0)
                 kept = bytes_.live
                 loss.backward()
@@ -146,6 +149,18 @@ def run_step(
                 f"{blueprint.spec.name}: its activations cannot be counted without data ({brief(error)})"
             ) from None
     return Activations(kept, bytes_.peak)
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Keep the traceback that torch logs of an operation without values to itself: it is said in one line."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def build_example(blueprint: Blueprint, tokens: int) -> MicroBatch:

@@ -5,19 +5,24 @@ In: a stock sequence classifier. Out: the same with a fresh fp32 head, and PEFT'
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora.dora import DoraLinearLayer
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from qlora_moderation.backbone import BackboneSpec, brief, quiet
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.errors import CheckpointError, ConfigError
+from qlora_moderation.memory import is_shortage
 
 
 def find_head(model: PreTrainedModel) -> tuple[nn.Module, str, nn.Linear]:
@@ -100,7 +105,7 @@ def add_lora(model: PreTrainedModel, spec: BackboneSpec, config: TrainConfig) ->
         modules_to_save=sorted(between) or None,
         exclude_modules=rf"(.*\.)?({'|'.join(sorted(between))})(\..*)?" if between else None,
     )
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     for target in targets:
         if target != "all-linear" and not any(name == target or name.endswith(f".{target}") for name in linear):
             known = sorted(
@@ -109,9 +114,29 @@ def add_lora(model: PreTrainedModel, spec: BackboneSpec, config: TrainConfig) ->
             raise ConfigError(f"--target_modules {target}: names no linear layer; there are {', '.join(known)}")
     torch.manual_seed(config.seed)
     try:
-        return get_peft_model(model, settings)
+        with _magnitudes_without_weights(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # PEFT sets it right by itself
+            return get_peft_model(model, settings)
     except ValueError as error:
         raise ConfigError(f"--target_modules {' '.join(targets)}: {brief(error)}") from None
+
+
+@contextlib.contextmanager
+def _magnitudes_without_weights() -> Iterator[None]:
+    """Let DoRA's magnitudes have a shape alone where an NF4 layer has one alone: PEFT would unpack it to compute them."""
+    compute = DoraLinearLayer.update_layer
+
+    def lay_out(self: Any, *, base_layer: Any, lora_A: torch.Tensor, **others: Any) -> None:
+        if base_layer.weight.is_meta and hasattr(base_layer, "quant_state"):
+            self.weight = nn.Parameter(torch.empty(base_layer.out_features, dtype=lora_A.dtype, device="meta"))
+        else:
+            compute(self, base_layer=base_layer, lora_A=lora_A, **others)
+
+    DoraLinearLayer.update_layer = lay_out
+    try:
+        yield
+    finally:
+        DoraLinearLayer.update_layer = compute
 
 
 def check_adapter(directory: Path, network: PeftModel) -> None:
@@ -165,6 +190,8 @@ def load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # they are named below
             network = PeftModel.from_pretrained(model, str(directory))
     except Exception as error:  # safetensors, size mismatches, PEFT's own checks
+        if is_shortage(error):
+            raise
         raise CheckpointError(f"{directory}: the adapter does not fit its base ({brief(error)})") from None
     check_adapter(directory, network)
     return network

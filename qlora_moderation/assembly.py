@@ -30,6 +30,7 @@ from qlora_moderation.model import ModerationModel
 from qlora_moderation.recomputation import recompute_layers
 from qlora_moderation.scoring import default_token_budget
 from qlora_moderation.sharding import choose_sharding, distribute_model
+from qlora_moderation.shortage import training_shortage
 from qlora_moderation.taxonomy import Taxonomy
 from qlora_moderation.thresholds import Thresholds
 from qlora_moderation.tokenization import TextEncoder
@@ -60,13 +61,14 @@ def build_classifier(
     blueprint, budget = _draw(config, opened, taxonomy), _budget(config, device)
     capacity = on_main(lambda: choose_capacity(config, blueprint, device, budget))
     built: list[tuple[Any, int | None, list[int]]] = []
-    if world_size() > 1:
-        built.append(blueprint.build(torch.device("meta")))
-        # NF4 is made where it is used; other weights pass through the memory of rank 0's host once
-        place = device if config.method == "qlora" else torch.device("cpu")
-        on_main(lambda: built.append(blueprint.build(place, log)))
-    else:
-        built.append(blueprint.build(device, log))
+    with training_shortage(config, capacity, loading=True):
+        if world_size() > 1:
+            built.append(blueprint.build(torch.device("meta")))
+            # NF4 is made where it is used; other weights pass through the memory of rank 0's host once
+            place = device if config.method == "qlora" else torch.device("cpu")
+            on_main(lambda: built.append(blueprint.build(place, log)))
+        else:
+            built.append(blueprint.build(device, log))
     network, rows, new_rows = built[-1]
     recompute_layers(network, capacity.recomputation)
     metadata = on_main(lambda: _describe_model(config, taxonomy, opened))
@@ -75,7 +77,8 @@ def build_classifier(
         settings.base_model_name_or_path, settings.revision = metadata.base_model, metadata.base_revision
     model = ModerationModel(network, opened.spec.kind == "encoder", device, autocast_dtype(opened.compute_dtype))
     base_fingerprint = on_main(lambda: _fingerprint_base(network))
-    sharding = distribute_model(model, choose_sharding(capacity), config, opened.compute_dtype)
+    with training_shortage(config, capacity, loading=True):
+        sharding = distribute_model(model, choose_sharding(capacity), config, opened.compute_dtype)
     return Classifier(
         model=model,
         tokenizer=opened.tokenizer,

@@ -29,6 +29,7 @@ from transformers.quantizers import AutoHfQuantizer
 from qlora_moderation.attention import PACKED_ATTENTION
 from qlora_moderation.batching import Layout
 from qlora_moderation.errors import CheckpointError, ConfigError
+from qlora_moderation.memory import is_shortage
 from qlora_moderation.metadata import Quantization
 
 PACKED_MODEL_TYPES = {"llama", "mistral", "qwen2", "qwen3"}
@@ -66,7 +67,7 @@ def inspect_backbone(name: str, revision: str | None = None) -> BackboneSpec:
         raise CheckpointError(f"{name}: is an adapter, not a backbone; merge it first (scripts/merge_adapter.py)")
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # transformers and its checks of single fields raise many kinds here
         raise CheckpointError(f"{name}: is no readable model directory or hub name ({brief(error)})") from None
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(f"{name}: its weights are already quantised; give the unquantised base, NF4 is done here")
@@ -77,6 +78,10 @@ def inspect_backbone(name: str, revision: str | None = None) -> BackboneSpec:
             head = getattr(AutoModelForSequenceClassification.from_config(config), "score", None)
     except ValueError:
         head = None
+    except Exception as error:  # numbers that do not go together, such as widths and heads
+        raise CheckpointError(
+            f"{name}: its config.json describes no model that can be built ({brief(error)})"
+        ) from None
     if not isinstance(head, nn.Linear):
         raise CheckpointError(
             f"{name}: model type {config.model_type} is neither a decoder that AutoModelForSequenceClassification knows "
@@ -195,6 +200,8 @@ def load_backbone(
                 spec.name, output_loading_info=True, **arguments
             )
     except Exception as error:  # safetensors, pickle, huggingface_hub and OS errors
+        if is_shortage(error):
+            raise
         raise CheckpointError(f"{spec.name}: its weights cannot be loaded ({brief(error)})") from None
     missing = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     allowed = (*spec.head_names, f"{model.base_model_prefix}.pooler")
@@ -249,6 +256,8 @@ def _set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
             module.compute_dtype = dtype
             module.compute_type_is_set = True
             module.support_avx512bf16_for_cpu = False
+            if module.bias is not None:  # read in the type that the weights had before rounding
+                module.bias.data = module.bias.data.to(dtype)
             if module.weight.quant_state is not None:
                 # bitsandbytes unpacks to this type with gradients and to the inputs' type without: make both the same
                 module.weight.quant_state.dtype = dtype

@@ -18,6 +18,7 @@ from transformers import LlamaConfig
 from qlora_moderation.activations import Activations
 from qlora_moderation.backbone import BackboneSpec, choose_layout, inspect_backbone
 from qlora_moderation.blueprint import Blueprint
+from qlora_moderation.classifier import check_max_length
 from qlora_moderation.config import PlanConfig, TrainConfig
 from qlora_moderation.errors import CheckpointError, ConfigError
 from qlora_moderation.estimate import Kind, MemoryEstimate, MemoryEstimator, Setting, reserve
@@ -71,7 +72,15 @@ def plan_cards(config: PlanConfig, log: Callable[[str], None] = print) -> list[R
     Raises:
         ModerationError: the backbone cannot be read, or options do not fit it.
     """
+    # what is named twice, or from the large to the small, gives the same table
+    config = dataclasses.replace(
+        config,
+        methods=tuple(dict.fromkeys(config.methods)),
+        cards=tuple(sorted(set(config.cards))),
+        gpus=tuple(sorted(set(config.gpus))),
+    )
     spec = open_spec(config)
+    check_max_length(spec, config.max_length)
     seen: dict[tuple[Any, ...], Activations] = {}
     rows = [row for method in config.methods for row in _plan_method(config, spec, method, seen)]
     highest = max(config.cards) * 10**9
@@ -91,7 +100,8 @@ def plan_cards(config: PlanConfig, log: Callable[[str], None] = print) -> list[R
         log(line)
     if config.json is not None:
         try:
-            write_json(Path(config.json), [row.as_plain() for row in rows])
+            path = Path(config.json)
+            write_json(path.resolve() if path.is_file() else path, [row.as_plain() for row in rows])
         except OSError as error:
             raise CheckpointError(f"--json {config.json}: cannot be written ({error.strerror})") from None
         log(f"written: {config.json}")

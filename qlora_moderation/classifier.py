@@ -26,11 +26,13 @@ from qlora_moderation.fused_layers import fuse_layers
 from qlora_moderation.metadata import ModelMetadata, load_metadata, read_json
 from qlora_moderation.model import ModerationModel
 from qlora_moderation.sharding import Sharding
+from qlora_moderation.shortage import loading_shortage
 from qlora_moderation.staging import replaced_whole
+from qlora_moderation.stock_tokenizer import prepare_for_stock_use, save_stock_tokenizer
 from qlora_moderation.taxonomy import Taxonomy
 from qlora_moderation.tensor_files import OnlyWholeError, find_tensors
 from qlora_moderation.thresholds import Thresholds, load_thresholds
-from qlora_moderation.tokenization import TextEncoder, choose_pad_token, prepare_for_stock_use
+from qlora_moderation.tokenization import TextEncoder, choose_pad_token
 
 ADAPTER_FILE = "adapter_config.json"
 DEFAULT_MAX_LENGTH = 512
@@ -91,7 +93,7 @@ class Classifier:
         with replaced_whole(directory) as unfinished:
             write_weights(self.model, unfinished)
             if is_main():
-                self.tokenizer.save_pretrained(str(unfinished))
+                save_stock_tokenizer(self.tokenizer, unfinished)
                 metadata.save(unfinished)
                 self.thresholds.save(unfinished, self.taxonomy)
                 if write_more is not None:
@@ -235,16 +237,17 @@ def load_classifier(
     chosen, reason = bb.choose_layout(opened.spec, layout, opened.encoder.max_length)
     count = len(opened.taxonomy.categories)
     quantization = opened.metadata.quantization if opened.is_adapter else None
-    loaded = bb.load_backbone(opened.spec, count, compute_dtype, device, chosen, quantization)
-    network: Any = loaded.model
-    if not opened.is_adapter and loaded.new_modules:
-        raise CheckpointError(f"{path}: holds no trained head ({', '.join(loaded.new_modules)} missing)")
-    rows = bb.fit_pad_token(network, opened.pad_id)
-    if opened.is_adapter:
-        set_label_names(network.config, opened.taxonomy.categories)
-        network = load_adapter(network, opened.directory)
-    elif opened.spec.kind == "decoder":
-        _restore_head(network, opened.directory)
+    with loading_shortage(str(path), device):
+        loaded = bb.load_backbone(opened.spec, count, compute_dtype, device, chosen, quantization)
+        network: Any = loaded.model
+        if not opened.is_adapter and loaded.new_modules:
+            raise CheckpointError(f"{path}: holds no trained head ({', '.join(loaded.new_modules)} missing)")
+        rows = bb.fit_pad_token(network, opened.pad_id)
+        if opened.is_adapter:
+            set_label_names(network.config, opened.taxonomy.categories)
+            network = load_adapter(network, opened.directory)
+        elif opened.spec.kind == "decoder":
+            _restore_head(network, opened.directory)
     network.requires_grad_(False)
     fuse_layers(network)
     is_encoder = opened.spec.kind == "encoder"

@@ -144,8 +144,8 @@ def _find_products(x: torch.Tensor, *modules: nn.Module) -> Products:
 
 
 def _run_linear(self: Any, x: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
-    product = Product(self.base_layer, self)
-    if arguments or keywords or not product.can_run(x):
+    product = find_product(self)  # another adapter may have come since
+    if arguments or keywords or product is None or not product.can_run(x):
         return type(self).forward(self, x, *arguments, **keywords)
     with torch.autocast(x.device.type, enabled=False):
         y = _Linear.apply(x.reshape(-1, x.shape[-1]), product, *product.factors)

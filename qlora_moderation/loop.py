@@ -29,6 +29,7 @@ from qlora_moderation.loss import compute_loss
 from qlora_moderation.metrics import Metrics
 from qlora_moderation.optim import build_optimizer, build_scheduler
 from qlora_moderation.plan import Log, Material, Plan
+from qlora_moderation.progress import describe_left
 from qlora_moderation.run_directory import RunDirectory
 from qlora_moderation.tracking import Trackers
 
@@ -91,7 +92,7 @@ class Loop:
                     f"step {step}/{plan.total_steps}  epoch {record['epoch']:.2f}  loss {record['loss']:.4f}  "
                     f"grad_norm {record['grad_norm']:.3f}  learning_rate {record['learning_rate']:.2e}  "
                     f"{window_tokens / (now - window_start):,.0f} tokens/s  "
-                    f"{_remaining(now - self.started, step + 1 - first, plan.total_steps - step)}"
+                    f"{describe_left(now - self.started, step + 1 - first, plan.total_steps - step)}"
                 )
                 window_start, window_tokens = now, 0
             if plan.eval_steps and (step % plan.eval_steps == 0 or step == plan.total_steps):
@@ -267,8 +268,3 @@ class Loop:
 def can_read_late(config: TrainConfig, device: torch.device) -> bool:
     """Say whether losses may stay on the device until a line is due: a GPU that can itself refuse a broken step."""
     return device.type == "cuda" and config.optim == "adamw_torch_fused"
-
-
-def _remaining(elapsed: float, done: int, left: int) -> str:
-    seconds = int(elapsed / done * left)
-    return f"{seconds // 3600}:{seconds % 3600 // 60:02d}:{seconds % 60:02d} left"

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from qlora_moderation.distributed import local_part
@@ -143,6 +144,11 @@ def describe_static_memory(model: nn.Module, optim: str) -> str:
     """Return one line with the parts in GiB."""
     parts = compute_static_memory(model, optim)
     return f"static memory {sum(parts.values()) / 2**30:.3f} GiB ({describe_parts(parts)}); activations come on top"
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Say whether an error means that a device has no memory left; for the CPU torch has no kind of error of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def return_free_memory() -> None:

@@ -31,6 +31,7 @@ from qlora_moderation.merged_weights import MergePlan, Recipe, plan_merge
 from qlora_moderation.metadata import read_json, write_json, write_text
 from qlora_moderation.proof import MergeError, check_report, describe_report, prove_merge
 from qlora_moderation.staging import replaced_whole
+from qlora_moderation.stock_tokenizer import save_stock_tokenizer
 from qlora_moderation.tensor_files import FILE_BYTES, OnlyWholeError, TensorWriter, describe_names
 from qlora_moderation.thresholds import PREVIOUS_FILE
 from qlora_moderation.whole_merge import merge_in_memory
@@ -183,7 +184,7 @@ def _write_whole(opened: OpenedModel, directory: Path, dtype: torch.dtype, dequa
 def _write_companions(opened: OpenedModel, directory: Path) -> None:
     """Write what a classifier carries besides its weights."""
     metadata = dataclasses.replace(opened.metadata, kind="merged", quantization=None)
-    opened.tokenizer.save_pretrained(str(directory))
+    save_stock_tokenizer(opened.tokenizer, directory)
     metadata.save(directory)
     opened.thresholds.save(directory, opened.taxonomy)
     hashes = load_hashes(opened.directory)

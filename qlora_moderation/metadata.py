@@ -5,11 +5,13 @@ In and out: `moderation_config.json` beside the weights, which every later stage
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from qlora_moderation.errors import CheckpointError, ConfigError
 from qlora_moderation.taxonomy import Taxonomy
@@ -93,12 +95,22 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole: beside its place first, then renamed."""
+    """Write a text file whole: beside its place first, then renamed. A pipe or a device stays what it is."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    with written_whole(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file beside `path` that takes its place, on the disk, when the block has ended without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with beside.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)

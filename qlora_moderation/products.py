@@ -49,9 +49,9 @@ class Product:
         return dequantize_4bit(self.layer.weight, state)
 
     def can_run(self, x: torch.Tensor) -> bool:
-        """Say whether the weight is frozen and of the input's type, and the adapter switched on and not merged."""
+        """Say whether weight and bias are frozen and of the input's type, and the adapter switched on and not merged."""
         compute = self.layer.compute_dtype if hasattr(self.layer, "quant_state") else self.layer.weight.dtype
-        frozen = not (torch.is_grad_enabled() and self.layer.weight.requires_grad)
+        frozen = not (torch.is_grad_enabled() and any(p.requires_grad for p in self.layer.parameters(recurse=False)))
         off = self.adapter is not None and (self.adapter.disable_adapters or self.adapter.merged)
         return frozen and x.dtype == compute and not off
 

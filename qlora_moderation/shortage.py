@@ -14,6 +14,7 @@ from qlora_moderation.activations import EstimateError
 from qlora_moderation.capacity import Capacity
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.errors import ModerationError
+from qlora_moderation.memory import is_shortage
 from qlora_moderation.recomputation import Recomputation
 
 _CLEARLY_LESS = 0.9
@@ -25,16 +26,23 @@ class ShortageError(ModerationError):
 
 
 @contextlib.contextmanager
-def training_shortage(config: TrainConfig, capacity: Capacity) -> Iterator[None]:
+def training_shortage(config: TrainConfig, capacity: Capacity, loading: bool = False) -> Iterator[None]:
     """Turn an out-of-memory error of a training run into one line.
+
+    Args:
+        config: of the run.
+        capacity: what was decided.
+        loading: there are only weights yet, so that what saves activations does not help.
 
     Raises:
         ShortageError: with the estimate beside the allocation, and the options that are left to turn.
     """
     try:
         yield
-    except torch.OutOfMemoryError:
-        knobs = _list_knobs(config, capacity)
+    except Exception as error:
+        if not is_shortage(error):
+            raise
+        knobs = [*([] if loading else _list_step_knobs(config, capacity)), *_list_weight_knobs(config, capacity)]
         raise ShortageError(
             f"--output_dir {config.output_dir}: training ran out of memory on {capacity.device_type} with {_allocated()} of "
             f"{capacity.memory / 2**30:.2f} GiB; the estimate was {capacity.describe()}; {_advise(knobs)}"
@@ -56,7 +64,9 @@ def scoring_shortage(place: str, knob: str, now: int, least: int) -> Iterator[No
     """
     try:
         yield
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if not is_shortage(error):
+            raise
         lower = max(least, now // 2)
         advice = _advise([f"{knob} {lower}"] if lower < now else [])
         raise ShortageError(
@@ -64,20 +74,43 @@ def scoring_shortage(place: str, knob: str, now: int, least: int) -> Iterator[No
         ) from None
 
 
-def _list_knobs(config: TrainConfig, capacity: Capacity) -> list[str]:
-    """Return the options that still can be turned, the cheapest first, with the value to use."""
+@contextlib.contextmanager
+def loading_shortage(place: str, device: torch.device) -> Iterator[None]:
+    """Turn an out-of-memory error of opening a model for scoring into one line.
+
+    Raises:
+        ShortageError: with what is left to do.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_shortage(error):
+            raise
+        advice = "use one with more memory" + ("" if device.type == "cpu" else ", or stay on the CPU with use_cpu")
+        raise ShortageError(
+            f"{place}: its weights do not fit into the memory of this device, {device}, with {_allocated()}; {advice}"
+        ) from None
+
+
+def _list_step_knobs(config: TrainConfig, capacity: Capacity) -> list[str]:
+    """Return the options that make a step smaller and still can be turned, the cheapest first, with the value to use."""
     setting, knobs = capacity.setting, []
     if setting.recomputation != "all":
         knobs.append(f"--gradient_checkpointing {_find_mode(capacity)}")
     tokens = max(config.max_length, setting.tokens // 2, _LEAST_TOKENS)
     if tokens < setting.tokens:
         knobs.append(f"--max_tokens_per_micro_batch {tokens}")
+    return knobs
+
+
+def _list_weight_knobs(config: TrainConfig, capacity: Capacity) -> list[str]:
+    """Return the options that make the weights smaller and still can be turned."""
     methods = []
     if config.method != "qlora" and capacity.blueprint.spec.kind == "decoder":
         methods.append("--method qlora")
-    if setting.processes > 1 and setting.sharding != "fsdp":
+    if capacity.setting.processes > 1 and capacity.setting.sharding != "fsdp":
         methods.append("--sharding fsdp")
-    return [*knobs, *([" / ".join(methods)] if methods else [])]
+    return [" / ".join(methods)] if methods else []
 
 
 def _find_mode(capacity: Capacity) -> Recomputation:

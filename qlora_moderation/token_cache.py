@@ -15,6 +15,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import secrets
 import stat
 import time
@@ -37,6 +38,7 @@ _FORMAT = 1
 _KEPT = 8
 _ENDING = ".safetensors"
 _UNFINISHED = ".unfinished"
+_OWN = re.compile(rf"[0-9a-f]{{64}}({re.escape(_ENDING)}|\.[0-9a-f]{{16}}{re.escape(_UNFINISHED)})")
 _ABANDONED_SECONDS = 24 * 3600
 _DECIDING = (annotation, data, rows, taxonomy, tokenization)  # an entry made by other code is not read
 
@@ -85,12 +87,13 @@ def load_corpus(
     return corpus
 
 
-def _stamps(sources: Sequence[Source]) -> list[tuple[int, int, int]]:
-    found = []
+def _stamps(sources: Sequence[Source]) -> list[tuple[int, ...]]:
+    found: list[tuple[int, ...]] = []
     for source in sources:
         with contextlib.suppress(OSError):
             state = Path(source.name).stat()
-            found.append((state.st_ino, state.st_size, state.st_mtime_ns))
+            # the time of modification can be set back, as rsync and tar do; that of the change cannot
+            found.append((state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
     return found
 
 
@@ -187,6 +190,8 @@ class TokenCache:
         assert self._directory is not None
         ages: list[tuple[float, Path]] = []
         for path in self._directory.iterdir():
+            if not _OWN.fullmatch(path.name):
+                continue  # somebody may name a directory that holds models
             with contextlib.suppress(OSError):  # another process prunes, too
                 used = path.stat().st_mtime
                 if path.suffix == _ENDING:

@@ -21,6 +21,8 @@ from qlora_moderation.config import TrainConfig
 from qlora_moderation.distributed import is_main, processes, rank, world_size
 from qlora_moderation.errors import Interrupted, ModerationError
 from qlora_moderation.loop import Loop
+from qlora_moderation.predict import predict
+from qlora_moderation.prediction_config import PredictConfig
 from qlora_moderation.scoring import score_pairs
 from qlora_moderation.taxonomy import Taxonomy
 from qlora_moderation.train import train
@@ -41,6 +43,11 @@ def learn(options: dict[str, Any]) -> list[str]:
     log: list[str] = []
     train(TrainConfig(**options), log.append)
     return log
+
+
+def predict_rows(options: dict[str, Any]) -> None:
+    """Score rows."""
+    predict(PredictConfig(**options), silent)
 
 
 def learn_until(options: dict[str, Any], step: int, number: int, by: int = 0) -> tuple[int, str]:

@@ -19,8 +19,10 @@ from transformers import (
 )
 
 from qlora_moderation.attention import PACKED_ATTENTION, packed_attention
+from qlora_moderation.backbone import inspect_backbone, load_backbone
 from qlora_moderation.fused_layers import fuse_layers
 from qlora_moderation.layout import build_micro_batch
+from qlora_moderation.metadata import Quantization
 from qlora_moderation.model import ModerationModel
 
 SHAPE = {
@@ -128,6 +130,30 @@ def test_trainable_weights_get_their_gradients():
         torch.testing.assert_close(fused[name], gradient, atol=1e-4, rtol=1e-3, msg=name)
 
 
+def test_trainable_biases_get_their_gradients():
+    model = build_model("qwen2", target_modules="all-linear", bias="all")
+    _, gradients = run(model)
+    fuse_layers(model.network)
+    _, fused = run(model)
+    assert fused.keys() == gradients.keys() and any("q_proj" in name and "bias" in name for name in fused)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(fused[name], gradient, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_an_adapter_that_comes_later_is_heeded():
+    found = []
+    for fuse in (fuse_layers, lambda network: 0):
+        model = build_model(target_modules="all-linear")
+        fuse(model.network)
+        settings = LoraConfig(task_type="SEQ_CLS", r=4, target_modules="all-linear", init_lora_weights=False)
+        torch.manual_seed(1)
+        model.network.add_adapter("later", settings)
+        model.network.set_adapter("later")
+        found.append(run(model))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-5)
+    assert found[0][1].keys() == found[1][1].keys()
+
+
 def test_a_switched_off_or_merged_adapter_is_heeded():
     model = build_model(target_modules="all-linear")
     with torch.no_grad():
@@ -166,6 +192,22 @@ def test_half_precision_stays_close_to_the_stock_layers(method, llama, build, mo
     stock = build(llama, method=method, dtype="bfloat16")
     ids = [[1, 40, 50, 60, 2], [1, 70, 80, 2]]
     torch.testing.assert_close(logits_of(fused, ids), logits_of(stock, ids), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize(("trained", "scored"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_biases_beside_nf4_weights_follow_the_compute_type(trained, scored, decoders):
+    """A QLoRA model trained in one type on one device is scored in another type on the next."""
+    spec, dtype = inspect_backbone(str(decoders["qwen2"])), getattr(torch, scored)
+    logits = []
+    for fuse in (lambda network: 0, fuse_layers):
+        network: Any = load_backbone(spec, 3, dtype, CPU, "packed", Quantization(True, trained)).model
+        network.score.float()
+        with torch.no_grad():
+            network.score.weight.fill_(0.1)
+        network.requires_grad_(False)
+        fuse(network)
+        logits.append(run(ModerationModel(network, False, CPU))[0])
+    torch.testing.assert_close(*logits, atol=0.02 if scored == "bfloat16" else 1e-5, rtol=0.02)
 
 
 def test_nf4_weights_are_unpacked_once_a_pass(llama, build, monkeypatch):

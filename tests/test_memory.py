@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from qlora_moderation import capacity as capacity_module
-from qlora_moderation.activations import LiveBytes, build_example, compute_activations, run_step
+from qlora_moderation.activations import EstimateError, LiveBytes, build_example, compute_activations, run_step
+from qlora_moderation.blueprint import Blueprint
 from qlora_moderation.capacity import Capacity, choose_capacity
 from qlora_moderation.cards import build_blueprint, open_spec, plan_cards
 from qlora_moderation.classifier import Classifier
@@ -78,9 +82,19 @@ def constants_of(model: torch.nn.Module) -> list[torch.Tensor | None]:
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
-@pytest.mark.parametrize(("method", "double"), [("lora", True), ("qlora", True), ("qlora", False), ("full", True)])
-def test_the_static_part_is_exact_before_anything_is_loaded(method, double, optim, llama, build):
-    classifier = build(llama, method=method, bnb_4bit_use_double_quant=double, optim=optim)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "lora"},
+        {"method": "qlora"},
+        {"method": "qlora", "bnb_4bit_use_double_quant": False},
+        {"method": "qlora", "use_dora": True},
+        {"method": "full"},
+    ],
+    ids=lambda options: " ".join(map(str, options.values())),
+)
+def test_the_static_part_is_exact_before_anything_is_loaded(options, optim, llama, build):
+    classifier = build(llama, optim=optim, **options)
     blueprint = classifier.capacity.blueprint
     foreseen = compute_static_memory(blueprint.build(META)[0], optim)
     optimizer = build_optimizer(classifier.model, blueprint.config)
@@ -133,9 +147,22 @@ def test_activations_are_those_of_the_real_step(method, layout, llama, build):
         assert foreseen.peak == real.peak > foreseen.kept, which
 
 
+def half_precision(classifier: Classifier) -> Blueprint:
+    """The same network as a GPU computes it, where one kernel attends in all texts."""
+    return dataclasses.replace(classifier.capacity.blueprint, compute_dtype=torch.bfloat16)
+
+
+def test_the_attention_that_is_counted_is_the_one_that_runs(llama, build):
+    plain = build(llama).capacity.blueprint
+    half = half_precision(build(llama))
+    for blueprint, same in ((plain, True), (half, False)):
+        found = [compute_activations(blueprint, "none", 300, device) for device in ("cpu", "cuda")]
+        assert (found[0] == found[1]) == same  # fp32 takes the same way on both devices
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_activations_grow_with_the_tokens(device, llama, build):
-    blueprint = build(llama).capacity.blueprint
+    blueprint = half_precision(build(llama))
     one, two, four = (compute_activations(blueprint, "all", tokens, device) for tokens in (128, 256, 512))
     assert four.kept - two.kept == 2 * (two.kept - one.kept)
     assert four.peak == pytest.approx(2 * two.peak, rel=0.1)  # temporaries as large as a weight do not grow
@@ -143,7 +170,7 @@ def test_activations_grow_with_the_tokens(device, llama, build):
 
 @pytest.mark.parametrize(("which", "layers"), [("none", 5), ("selective", 5), ("selective", 6), ("all", 4)])
 def test_two_short_networks_tell_of_a_deep_one(which, layers, llama, build):
-    deep = build(llama).capacity.blueprint.with_layers(layers)
+    deep = half_precision(build(llama)).with_layers(layers)
     assert compute_activations(deep, which, 128, "cuda") == run_step(deep, which, 128, "cuda", gathered=False)
 
 
@@ -205,9 +232,19 @@ def test_a_network_that_looks_at_values_runs_without_an_estimate(llama, rows_fil
     assert any(line.startswith("memory estimate for each process: none (") for line in log)
 
 
+def test_why_there_is_no_estimate_is_said_in_one_line(llama, build, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("torch._subclasses.fake_tensor"), "handlers", [caplog.handler])
+    blueprint = build(llama).capacity.blueprint
+    monkeypatch.setattr(ModerationModel, "forward", lambda self, batch: batch.input_ids.expand(3, 7))
+    with pytest.raises(EstimateError, match="its activations cannot be counted without data"):
+        compute_activations(blueprint, "none", 128, "cpu")
+    assert caplog.text == ""  # torch has a traceback to tell
+
+
 def test_a_dry_run_prints_the_estimate(llama, rows_file, tmp_path):
     log: list[str] = []
-    train(make_config(llama, rows_file, tmp_path / "run", dry_run=True, method="qlora"), log.append)
+    options = {"method": "qlora", "use_dora": True, "dry_run": True}
+    train(make_config(llama, rows_file, tmp_path / "run", **options), log.append)
     line = next(line for line in log if line.startswith("memory estimate for each process: 0.0"))
     assert all(f" {part} 0.0" in line for part in ("constants", "adapters", "gradients", "activations", "buffers")), (
         line
@@ -265,6 +302,31 @@ def test_running_out_of_memory_in_scoring_says_what_to_lower(runs, rows_file, tm
         tune_model(TuneConfig(weights, str(rows_file)), silent)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:131] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+        ),
+    ],
+    ids=["cuda", "cpu"],
+)
+def test_running_out_of_memory_while_loading_names_what_makes_the_weights_smaller(
+    error, llama, runs, rows_file, tmp_path, monkeypatch
+):
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("qlora_moderation.backbone.AutoModelForSequenceClassification.from_pretrained", fail)
+    for method, advice in (("lora", "use --method qlora"), ("qlora", "no option is left to turn; use a device with")):
+        with pytest.raises(ShortageError, match=f"training ran out of memory on cpu .*; {advice}"):
+            train(make_config(llama, rows_file, tmp_path / "run", method=method), silent)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ShortageError, match=r"/adapter: its weights do not fit .* device, cpu, .*; use one with more"):
+        QAModeration.from_pretrained(str(runs["lora"].weights))
+
+
 def test_the_plan_names_the_first_setting_that_fits(llama, tmp_path):
     log: list[str] = []
     options = {"model_name_or_path": str(llama), "max_length": 128, "max_tokens_per_micro_batch": 16384}
@@ -279,8 +341,40 @@ def test_the_plan_names_the_first_setting_that_fits(llama, tmp_path):
         assert f"--method {method} --sharding none --gradient_checkpointing none" in best.command
     stored = json.loads((tmp_path / "plan.json").read_text())
     assert [line["total"] for line in stored] == [row.estimate.total for row in rows]
+    odd = PlanConfig(**options, cards=(2, 1, 2), gpus=(2, 1, 1), methods=("lora", "qlora", "full", "lora"))
+    assert plan_cards(odd, silent) == rows
+
+
+def test_the_plan_refuses_what_no_run_could_do(llama, bert, tmp_path, capfd):
     with pytest.raises(CheckpointError, match="is no readable model directory"):
-        plan_cards(PlanConfig(str(tmp_path)), log.append)
+        plan_cards(PlanConfig(str(tmp_path)), silent)
+    with pytest.raises(CheckpointError, match="reads at most 512 tokens; lower --max_length 513"):
+        plan_cards(PlanConfig(str(bert), methods=("lora",), max_length=513), silent)
+    shape = json.loads((llama / "config.json").read_text())
+    for change in ({"hidden_size": 63}, {"hidden_size": "64"}, {"hidden_size": -64}, {"num_hidden_layers": 2.5}):
+        (tmp_path / "config.json").write_text(json.dumps(shape | change))
+        with pytest.raises(
+            CheckpointError, match=r"is no readable model directory|no model that can be built"
+        ) as caught:
+            plan_cards(PlanConfig(str(tmp_path)), silent)
+        assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_the_plan_writes_into_a_pipe_and_through_a_link(llama, tmp_path):
+    def plan(path: Path) -> None:
+        plan_cards(PlanConfig(str(llama), ("lora",), cards=(8,), gpus=(1,), json=str(path)), silent)
+
+    pipe, link = tmp_path / "pipe", tmp_path / "link.json"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    plan(pipe)
+    assert json.loads(os.read(reader, 2**16))[0]["card"] == 8 and pipe.is_fifo()
+    os.close(reader)
+    (tmp_path / "target.json").touch()
+    link.symlink_to(tmp_path / "target.json")
+    plan(link)
+    assert link.is_symlink() and json.loads((tmp_path / "target.json").read_text())[0]["card"] == 8
 
 
 def test_the_plan_of_the_7b_shape_has_the_arithmetic_of_its_weights():

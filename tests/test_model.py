@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import warnings
+
 import bitsandbytes
 import pytest
 import torch
+from conftest import make_config
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, GPT2Config, GPT2ForSequenceClassification
 
-from qlora_moderation.adapter import find_head
-from qlora_moderation.backbone import choose_dtype, choose_layout, inspect_backbone
+from qlora_moderation.adapter import add_lora, find_head
+from qlora_moderation.backbone import BackboneSpec, choose_dtype, choose_layout, inspect_backbone
 from qlora_moderation.errors import CheckpointError, ConfigError
 from qlora_moderation.layout import build_micro_batch
 from qlora_moderation.memory import count_weights
@@ -113,3 +118,36 @@ def test_weights_that_are_missing_or_not_finite_are_named(llama, build, tmp_path
         save_file(changed, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(CheckpointError, match=message):
             build(tmp_path / name)
+
+
+@pytest.mark.parametrize(("target", "layers"), [("c_attn", 2), ("all-linear", 8)])
+def test_the_linear_layers_of_gpt2_can_be_named_too(target, layers):
+    network = GPT2ForSequenceClassification(GPT2Config(vocab_size=50, n_embd=64, n_layer=2, n_head=4, pad_token_id=0))
+    spec = BackboneSpec("gpt2", None, network.config, "decoder")
+
+    def adapt(name: str) -> nn.Module:
+        return add_lora(network, spec, make_config("gpt2", "rows.jsonl", "unused", target_modules=(name,)))
+
+    with pytest.raises(ConfigError, match="names no linear layer; there are c_attn, c_fc, c_proj"):
+        adapt("q_proj")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert sum("lora_A" in name for name, _ in adapt(target).named_parameters()) == layers
+
+
+def test_the_first_vector_functions_of_a_process_are_called_from_one_thread():
+    program = "\n".join(
+        [
+            "import torch",
+            "seen = []",
+            "for name in ('cos', 'sin'):",
+            "    plain = getattr(torch.Tensor, name)",
+            "    setattr(torch.Tensor, name, lambda x, name=name, plain=plain: (seen.append((name, x.numel())), plain(x))[1])",
+            "from qlora_moderation.classifier import load_classifier",
+            "from qlora_moderation.model import ModerationModel",
+            "ModerationModel(torch.nn.Identity(), False, torch.device('cpu'))",
+            "assert dict(reversed(seen)) == {'cos': 16, 'sin': 16}, seen",
+        ]
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -239,14 +239,15 @@ def test_the_entries_used_last_are_kept(encoder, place, tmp_path):
         (entry,) = set(entries(place)) - before
         os.utime(entry, (now - 100 + i, now - 100 + i))
     load(specs[0], encoder, place)  # used again, so the second is the oldest now
-    abandoned, busy, alien = (place / name for name in ("a.0.unfinished", "b.0.unfinished", "notes.txt"))
-    for path in (abandoned, busy, alien):
+    abandoned, busy = (place / f"{letter * 64}.{'0' * 16}.unfinished" for letter in "ab")
+    aliens = [place / name for name in ("notes.txt", "model.safetensors", "download.unfinished")]
+    for path in (abandoned, busy, *aliens):
         path.touch()
-    os.utime(abandoned, (now - 10**6, now - 10**6))
-    os.utime(alien, (now - 10**6, now - 10**6))
+    for path in (abandoned, *aliens):
+        os.utime(path, (now - 10**6, now - 10**6))
     load(specs[8], encoder, place)
-    assert not abandoned.exists() and busy.exists() and alien.exists()
-    kept = [path for path in entries(place) if path.suffix == ".safetensors"]
+    assert not abandoned.exists() and busy.exists() and all(alien.exists() for alien in aliens)
+    kept = [path for path in entries(place) if path.suffix == ".safetensors" and path not in aliens]
     assert len(kept) == token_cache._KEPT == 8
     cache = TokenCache(place, print)
     known = [cache.read(cache.find_key(parse_spec(spec), encoder, "stop")) is not None for spec in specs]
@@ -272,12 +273,19 @@ def test_writers_and_readers_at_once(encoder, place, tmp_path):
     assert log == [] and len(entries(place)) == 1
 
 
-def test_a_file_that_changes_while_it_is_read_is_not_kept(encoder, place, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "change",
+    [lambda raw: b"".join(raw.splitlines(True)[:30]), lambda raw: raw.replace(b"answer 1", b"answer 8")],
+    ids=["shorter", "of the same size and time"],
+)
+def test_a_file_that_changes_while_it_is_read_is_not_kept(change, encoder, place, tmp_path, monkeypatch):
     spec = save(tmp_path / "rows.jsonl", PLAIN)
     aggregate = token_cache.aggregate_rows
 
     def change_and_aggregate(*arguments: Any) -> Any:
-        save(Path(spec), PLAIN[:30])
+        state = Path(spec).stat()
+        Path(spec).write_bytes(change(Path(spec).read_bytes()))
+        os.utime(spec, ns=(state.st_atime_ns, state.st_mtime_ns))
         return aggregate(*arguments)
 
     monkeypatch.setattr(token_cache, "aggregate_rows", change_and_aggregate)
