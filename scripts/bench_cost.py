@@ -13,7 +13,6 @@ own, in turn, `--rounds` times; the median speed counts. Writes cost.md, cost.js
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 import torch
+from flags import above_zero, add_rows_flags, model_name, rows_file, whole
+from high_water import peak_rss
 from random_encoder import build_random_encoder
 from rivals import build_small_llama, load_rows, synchronize
 
@@ -82,7 +83,7 @@ def measure(job):
     """Open one classifier, score the validation rows, and return its figures."""
     validation = load_pairs(job["validation"], Taxonomy(), log=silent)
     cuda = torch.cuda.is_available()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = peak_rss()
     classifier = load_classifier(job["path"], use_cpu=not cuda)
     device = classifier.model.device
     parts = compute_static_memory(classifier.model, "adamw_torch")
@@ -95,11 +96,7 @@ def measure(job):
     taken = validation.take(range(len(prompts)))
     judgement = classifier.thresholds.judge(scores.probabilities)
     metrics = compute_metrics(taken.labels, taken.flagged, judgement, classifier.taxonomy.categories)
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if cuda
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    )
+    peak = torch.cuda.max_memory_allocated() if cuda else peak_rss() - before
     return {
         "weights": parts["weights"] + parts["constants"] + parts["adapters"],
         "peak": peak,
@@ -210,17 +207,17 @@ def main():
     """Run the benchmark; with --job one measurement."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", help="directory for table and figure")
-    parser.add_argument("--encoder", help="a pretrained encoder; default: random weights")
-    parser.add_argument("--backbone", help="a small decoder; default: a LLaMA trained on the rows for --lm_steps")
-    parser.add_argument("--layers", type=int, default=4, help="of the small LLaMA")
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--lm_steps", type=int, default=160)
-    parser.add_argument("--rows", help="JSONL in BeaverTails' layout; default: the embedded sample")
-    parser.add_argument("--validation", help="rows to score, with --rows")
-    parser.add_argument("--pairs", type=int, default=300, help="most pairs to score")
-    parser.add_argument("--steps", type=int, default=300, help="of training where weights are real")
-    parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--encoder", type=model_name, help="a pretrained encoder; default: random weights")
+    parser.add_argument(
+        "--backbone", type=model_name, help="a small decoder; default: a LLaMA trained on the rows for --lm_steps"
+    )
+    add_rows_flags(parser, rows="the embedded sample", layers=4, width=256)
+    parser.add_argument("--lm_steps", type=whole(0), default=160)
+    parser.add_argument("--validation", type=rows_file, help="rows to score, with --rows")
+    parser.add_argument("--pairs", type=whole(), default=300, help="most pairs to score")
+    parser.add_argument("--steps", type=whole(), default=300, help="of training where weights are real")
+    parser.add_argument("--rate", type=above_zero, default=2e-3)
+    parser.add_argument("--rounds", type=whole(), default=3)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -233,7 +230,10 @@ def main():
         arguments.layers, arguments.width, arguments.lm_steps, arguments.steps = 2, 64, 10, 5
         arguments.pairs, arguments.rounds = 60, 1
     output = Path(arguments.output)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {output}: cannot be made ({error.strerror})")
     with tempfile.TemporaryDirectory() as place:
         if not arguments.rows:
             sample = write_sample(Path(place) / "data")

@@ -14,16 +14,18 @@ import concurrent.futures
 import json
 import multiprocessing
 import os
-import re
 import sys
 import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import numpy as np
+from flags import existing_folder, whole
+from high_water import peak_rss
 
 ROWS_OF_330K, PAIRS_OF_330K = 333_963, 99_734
 ANSWERS_A_PROMPT = 6
@@ -104,16 +106,6 @@ class Stopwatch:
         """Let every call of `owner.attribute` count as the stage `name`."""
         function = getattr(owner, attribute)
         setattr(owner, attribute, lambda *arguments, **more: self.time(name, function, *arguments, **more))
-
-
-def peak_rss():
-    """Return the high-water mark of this process in bytes."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # what getrusage says also holds the parent's
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def start(folder):
@@ -198,9 +190,9 @@ def print_table(title, stages, rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=ROWS_OF_330K)
+    parser.add_argument("--rows", type=whole(100), default=ROWS_OF_330K)
     parser.add_argument(
-        "--folder", type=Path, help="where the temporary folder goes, if not where the system puts them"
+        "--folder", type=existing_folder, help="where the temporary folder goes, if not where the system puts them"
     )
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.folder, prefix="bench-data-") as name:

@@ -15,11 +15,13 @@ import tempfile
 import warnings
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 warnings.filterwarnings("ignore")
 
 import torch
+from flags import whole
 from torch.profiler import ProfilerActivity, profile
 
 from qlora_moderation.assembly import build_classifier, estimate_memory
@@ -31,6 +33,8 @@ from qlora_moderation.loss import compute_loss
 from qlora_moderation.optim import build_optimizer
 from qlora_moderation.sample import build_sample
 from qlora_moderation.taxonomy import Taxonomy
+
+LONGEST = 256  # tokens of a text
 
 
 def take_steps(classifier, config, tokens):
@@ -74,9 +78,9 @@ def compare(config, device, tokens):
 def main():
     """Print one line for each method, layout and checkpointing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden_size", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--hidden_size", type=whole(64, 64), default=512)
+    parser.add_argument("--layers", type=whole(), default=4)
+    parser.add_argument("--tokens", type=whole(2 * LONGEST), default=2048)
     parser.add_argument("--use_cpu", action="store_true")
     arguments = parser.parse_args()
     device = current_device(arguments.use_cpu)
@@ -105,7 +109,7 @@ def main():
                 method=method,
                 layout=layout,
                 gradient_checkpointing=which,
-                max_length=256,
+                max_length=LONGEST,
                 max_tokens_per_micro_batch=arguments.tokens,
                 per_device_train_batch_size=arguments.tokens,
                 use_cpu=arguments.use_cpu,

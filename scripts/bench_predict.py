@@ -26,14 +26,16 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 import numpy as np
 import torch
 import transformers
-from rivals import add_common_flags, build_small_llama, count_layer_weights, load_rows, measure_matrix_rate, synchronize
+from flags import add_common_flags, whole
+from rivals import build_small_llama, count_layer_weights, list_shapes, load_rows, measure_matrix_rate, synchronize
 
 from qlora_moderation.adapter import replace_head, set_label_names
 from qlora_moderation.backbone import quiet
 from qlora_moderation.classifier import load_classifier
 from qlora_moderation.scoring import score_pairs
+from qlora_moderation.stock_tokenizer import prepare_for_stock_use
 from qlora_moderation.taxonomy import Taxonomy
-from qlora_moderation.tokenization import TextEncoder, choose_pad_token, prepare_for_stock_use
+from qlora_moderation.tokenization import TextEncoder, choose_pad_token
 
 
 def build_model(place, backbone, max_length):
@@ -78,8 +80,10 @@ def main():
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_common_flags(parser)
-    parser.add_argument("--count", type=int, default=256)
-    parser.add_argument("--max_length", type=int, default=1024, help="no text is cut: all contenders read the same")
+    parser.add_argument("--count", type=whole(), default=256)
+    parser.add_argument(
+        "--max_length", type=whole(64), default=1024, help="no text is cut: all contenders read the same"
+    )
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -110,7 +114,7 @@ def main():
         score_pairs(classifier, prompts[:16], responses[:16])
         for index in range(arguments.rounds):
             for job in list(jobs) if index % 2 == 0 else list(jobs)[::-1]:
-                rates.append(measure_matrix_rate(classifier.model, device))
+                rates.append(measure_matrix_rate(list_shapes(classifier.model), device))
                 synchronize(device)
                 started = time.perf_counter()
                 found[job] = jobs[job]()

@@ -27,6 +27,7 @@ import torch
 import transformers
 from annotators import simulate_annotations
 from courses import CLOCKS, run_ours, run_rival
+from flags import above_zero, add_rows_flags, model_name, new_file, rows_file, whole
 from rivals import build_small_llama, load_rows
 
 from qlora_moderation.config import TrainConfig
@@ -133,19 +134,19 @@ def compete(setting, rows, backbone, validation, arguments, place, device):
 def main():
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", help="JSONL in BeaverTails' layout; default: the embedded sample")
-    parser.add_argument("--validation", help="rows to judge on, with --rows")
-    parser.add_argument("--most_rows", type=int, help="learn from the first distinct pairs only")
-    parser.add_argument("--backbone", help="default: a LLaMA trained as a language model on the rows, for --lm_steps")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--lm_steps", type=int, default=160)
+    add_rows_flags(parser, rows="the embedded sample", layers=4, width=256)
+    parser.add_argument("--validation", type=rows_file, help="rows to judge on, with --rows")
+    parser.add_argument("--most_rows", type=whole(), help="learn from the first distinct pairs only")
+    parser.add_argument(
+        "--backbone", type=model_name, help="default: a LLaMA trained as a language model on the rows, for --lm_steps"
+    )
+    parser.add_argument("--lm_steps", type=whole(0), default=160)
     parser.add_argument("--settings", nargs="+", default=["single", "three"], choices=["single", "three"])
     parser.add_argument("--method", default="lora", choices=["lora", "qlora"])
-    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2])
-    parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--points", type=int, default=10, help="evaluations of a run, besides its start")
-    parser.add_argument("--json", help="also write the figures, with all curves, here")
+    parser.add_argument("--rates", nargs="+", type=above_zero, default=[1e-3, 3e-3, 1e-2])
+    parser.add_argument("--epochs", type=above_zero, default=3)
+    parser.add_argument("--points", type=whole(), default=10, help="evaluations of a run, besides its start")
+    parser.add_argument("--json", type=new_file, help="also write the figures, with all curves, here")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     arguments = parser.parse_args()
     if bool(arguments.rows) != bool(arguments.validation):

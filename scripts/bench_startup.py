@@ -16,7 +16,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from flags import whole
 
 from qlora_moderation.cli import _JOBS
 
@@ -39,6 +41,8 @@ def build_commands(folder):
     return {
         "import qlora_moderation": ("import qlora_moderation", [], 0),
         **{f"{job} --help": (CALL, [job, "--help"], 0) for job in _JOBS},
+        "--version": (CALL, ["--version"], 0),
+        "completion bash": (CALL, ["completion", "bash"], 0),
         **{name: (CALL, arguments, 2) for name, arguments in faults.items()},
     }
 
@@ -68,7 +72,7 @@ def print_imports(program, arguments, rows=6):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=whole(), default=7)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         commands = build_commands(Path(name))

@@ -12,9 +12,11 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import numpy as np
+from flags import whole
 from scipy.special import expit
 
 from qlora_moderation.intervals import Bootstrap, compare_by_exchange
@@ -110,8 +112,8 @@ def measure_paired_test(worlds, seed, prompts, better):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worlds", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--worlds", type=whole(), default=400)
+    parser.add_argument("--seed", type=whole(0), default=0)
     given = parser.parse_args()
     error = 1.96 * (0.95 * 0.05 / given.worlds) ** 0.5
     print(f"{given.worlds} worlds; a coverage of .950 is seen as .950 +- {error:.3f}\n")

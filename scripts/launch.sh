@@ -5,6 +5,12 @@
 #   NODES=2 RENDEZVOUS=first-machine:29500 ./scripts/launch.sh …
 # torchrun answers every stop with exit code 1; output_dir/status.json says how the run ended.
 set -euo pipefail
+for name in PROCESSES NODES; do
+    if ! [[ ${!name:-1} =~ ^[1-9][0-9]*$ ]]; then
+        echo "error: $name=${!name}: give a whole number above 0" >&2
+        exit 2
+    fi
+done
 source "$(dirname "$0")/environment.sh"
 prepare_environment
 processes=${PROCESSES:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}

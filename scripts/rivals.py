@@ -6,7 +6,6 @@ initial adapters and head, the same token ids, the same optimiser, schedule and 
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flags import refuse
 from torch.utils.data import Dataset, Sampler
 from transformers import (
     AutoModelForSequenceClassification,
@@ -26,20 +26,31 @@ from transformers import (
 )
 
 from qlora_moderation.adapter import add_lora, replace_head
+from qlora_moderation.annotation import BadRow, read_annotation
 from qlora_moderation.backbone import inspect_backbone, quiet
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.embedded import build_llama_shape, render_texts
+from qlora_moderation.rows import Source, read_rows
 from qlora_moderation.sample import build_sample
+from qlora_moderation.taxonomy import Taxonomy
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RATE_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 def load_rows(path: str | None, count: int) -> list[dict[str, Any]]:
-    """Return distinct pairs of a JSONL file, or made-up ones whose lengths are like BeaverTails'."""
+    """Return distinct pairs of a file, or made-up ones whose lengths are like BeaverTails'; a broken row ends the program."""
     if path:
-        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-        return list({(row["prompt"], row["response"]): row for row in rows}.values())
+        found = {}
+        for place, row in read_rows(Source(path)):
+            try:
+                if isinstance(row, str):
+                    raise BadRow(row)
+                annotation = read_annotation(row, Taxonomy(), place)
+            except BadRow as error:
+                refuse(f"{place}: {error}")
+            found[annotation.prompt, annotation.response] = row
+        return list(found.values()) or refuse(f"{path}: holds no row")
     rng, made = random.Random(0), []
     known = build_sample(seed=0)["train"]
     sentences = [row["response"] for row in known]
@@ -54,16 +65,6 @@ def write_rows(place: Path, rows: list[dict[str, Any]]) -> str:
     """Write rows as JSONL and return the path."""
     place.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(place)
-
-
-def add_common_flags(parser: argparse.ArgumentParser) -> None:
-    """Add what the benchmarks of speed have in common: rows, backbone, its shape, where figures go."""
-    parser.add_argument("--rows", help="JSONL in BeaverTails' layout; default: made-up rows of the same lengths")
-    parser.add_argument("--backbone", help="default: a LLaMA with random weights, 8 layers of width 512")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--json", help="also write the figures here")
 
 
 def build_small_llama(
@@ -88,18 +89,23 @@ def count_layer_weights(model: Any) -> int:
     return total
 
 
-def measure_matrix_rate(model: Any, device: torch.device) -> float:
+def list_shapes(model: Any) -> list[tuple[int, int]]:
+    """Return (out, in) of the linear layers of one decoder layer."""
+    first = next(module for name, module in model.named_modules() if name.endswith("layers.0"))
+    linear = [getattr(m, "base_layer", m) for n, m in first.named_modules() if n.rpartition(".")[2] in LAYERS]
+    return [(layer.out_features, layer.in_features) for layer in linear]
+
+
+def measure_matrix_rate(shapes: list[tuple[int, int]], device: torch.device) -> float:
     """Return FLOP/s of one layer's matrix products at their own sizes, in the compute type: the limit of every speed here."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokens = RATE_TOKENS[device.type]
-    first = next(module for name, module in model.named_modules() if name.endswith("layers.0"))
-    linear = [getattr(m, "base_layer", m) for n, m in first.named_modules() if n.rpartition(".")[2] in LAYERS]
     pairs = [
         (
-            torch.randn(tokens, layer.in_features, device=device, dtype=dtype),
-            torch.randn(layer.out_features, layer.in_features, device=device, dtype=dtype),
+            torch.randn(tokens, inputs, device=device, dtype=dtype),
+            torch.randn(outputs, inputs, device=device, dtype=dtype),
         )
-        for layer in linear
+        for outputs, inputs in shapes
     ]
     best = 0.0
     for _ in range(4):

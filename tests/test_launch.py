@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from ranks import find_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,3 +148,47 @@ def test_the_slurm_example_stops_early_and_goes_on(llama, rows_file, tmp_path):
     assert "going on from step-" in done.stdout and json.loads((run / "status.json").read_text())["state"] == "finished"
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 201))
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"PROCESSES": "2"}, "--standalone --nproc_per_node 2 {root}/scripts/train.py --method lora; threads 4"),
+        ({"PROCESSES": "999"}, "--nproc_per_node 999 {root}/scripts/train.py --method lora; threads 1"),
+        ({"PROCESSES": "2", "OMP_NUM_THREADS": "7"}, "--method lora; threads 7"),
+        ({}, "--nproc_per_node 3 {root}/scripts/train.py --method lora; threads 2"),
+        ({"NODES": "2", "RENDEZVOUS": "a:1"}, "--nnodes 2 --rdzv_backend c10d"),
+    ],
+    ids=str,
+)
+def test_the_launcher_starts_as_many_processes_as_asked_for_and_shares_the_cores(variables, said, tmp_path):
+    done = launch(tmp_path, variables)
+    assert done.returncode == 0 and said.format(root=ROOT) in done.stdout, done
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"PROCESSES": "0"}, "error: PROCESSES=0: give a whole number above 0"),
+        ({"PROCESSES": "all"}, "error: PROCESSES=all: give"),
+        ({"NODES": "two"}, "error: NODES=two: give"),
+        ({"NODES": "2"}, "give the first machine as RENDEZVOUS=host:port"),
+    ],
+    ids=str,
+)
+def test_the_launcher_refuses_numbers_that_are_none(variables, said, tmp_path):
+    done = launch(tmp_path, variables)
+    assert done.returncode != 0 and said in done.stderr and done.stdout == "", done
+
+
+def launch(place: Path, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run the launcher in an environment whose torchrun tells what it is asked for, with 8 cores and 3 GPUs."""
+    (place / "bin").mkdir()
+    for name, line in (("torchrun", 'echo "$@; threads $OMP_NUM_THREADS"'), ("python", "echo 3"), ("nproc", "echo 8")):
+        (place / "bin" / name).write_text(f"#!/usr/bin/env bash\n{line}\n")
+        (place / "bin" / name).chmod(0o755)
+    installed = f"cat {ROOT}/pyproject.toml {ROOT}/scripts/constraints.txt | cksum >{place}/installed"
+    subprocess.run(installed, shell=True, check=True)
+    environment = {"PATH": os.environ["PATH"], "VENV": str(place), **variables}
+    command = [str(ROOT / "scripts" / "launch.sh"), "--method", "lora"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
