@@ -72,7 +72,15 @@ def _show(value: Any) -> str:
 def _read_text(row: dict[str, Any], column: str) -> str:
     if column not in row:
         raise BadRow(f"column {column} is missing; found {', '.join(map(str, row)) or 'none'}")
-    text = row[column]
+    return check_text(row[column], column)
+
+
+def check_text(text: Any, column: str) -> str:
+    """Return the value of a column that must hold text.
+
+    Raises:
+        BadRow: it is something else, or holds what is no character.
+    """
     if not isinstance(text, str):
         raise BadRow(f"{column} is {'empty (null)' if text is None else type(text).__name__}, not text")
     if not text.isascii() and _LONE_SURROGATE.search(text):

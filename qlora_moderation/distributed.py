@@ -78,9 +78,7 @@ def processes(use_cpu: bool, alone: bool = False) -> Iterator[torch.device]:
             f"WORLD_SIZE is {launched_processes()}, but {', '.join(missing)} is not set; start with torchrun or "
             "scripts/launch.sh, or unset WORLD_SIZE"
         )
-    if torch.cuda.is_available() and not use_cpu:
-        _take_gpu(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count())
-    device = current_device(use_cpu)
+    device = take_device(use_cpu)
     cuda = device.type == "cuda"
     if dist.is_initialized() or not (several or alone):
         yield device
@@ -103,6 +101,17 @@ def processes(use_cpu: bool, alone: bool = False) -> Iterator[torch.device]:
         if together:
             dist.barrier(group=group)
             dist.destroy_process_group()
+
+
+def take_device(use_cpu: bool) -> torch.device:
+    """Make the GPU that torchrun means for this process its current one, and return this process's device.
+
+    Raises:
+        ConfigError: more processes than GPUs.
+    """
+    if torch.cuda.is_available() and not use_cpu:
+        _take_gpu(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count())
+    return current_device(use_cpu)
 
 
 def _take_gpu(local_rank: int, gpus: int) -> None:

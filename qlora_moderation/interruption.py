@@ -9,8 +9,6 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
-from qlora_moderation.distributed import highest_over_ranks
-
 
 class StopSignals:
     """While it is entered, SIGTERM and SIGINT are noted; a second SIGINT acts at once.
@@ -44,6 +42,13 @@ class StopSignals:
                 raise KeyboardInterrupt
         self._noted = self._noted or number
 
+    @property
+    def noted(self) -> int:
+        """The signal that this process has noted, 0 where none was."""
+        return self._noted
+
     def agreed(self) -> int:
         """Return the signal that any rank has noted, 0 where none has; all ranks ask at the same step."""
+        from qlora_moderation.distributed import highest_over_ranks  # and torch with it
+
         return highest_over_ranks(self._noted)

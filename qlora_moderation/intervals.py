@@ -66,11 +66,7 @@ class Bootstrap:
 
     def interval(self, draws: np.ndarray) -> list[float] | None:
         """Return [low, high], the percentiles; None where more than a tenth of the draws are undefined."""
-        defined = draws[~np.isnan(draws)]
-        if not len(defined) or len(defined) < (1 - _MOST_UNDEFINED) * len(draws):
-            return None
-        tail = 100 * (1 - self.level) / 2
-        return [float(edge) for edge in np.percentile(defined, [tail, 100 - tail])]
+        return percentile_interval(draws, self.level)
 
     def intervals(
         self, measure: Measure, shares: Mapping[str, np.ndarray] | None = None
@@ -96,6 +92,15 @@ class Bootstrap:
             if trials and not np.isnan(whole[key]):
                 found[key] = clopper_pearson(round(whole[key] * trials), trials, self.level)
         return found
+
+
+def percentile_interval(draws: np.ndarray, level: float = 0.95) -> list[float] | None:
+    """Return [low, high] of the draws [B]; None where more than a tenth of them are undefined."""
+    defined = draws[~np.isnan(draws)]
+    if not len(defined) or len(defined) < (1 - _MOST_UNDEFINED) * len(draws):
+        return None
+    tail = 100 * (1 - level) / 2
+    return [float(edge) for edge in np.percentile(defined, [tail, 100 - tail])]
 
 
 def clopper_pearson(successes: int, trials: int, level: float = 0.95) -> list[float]:

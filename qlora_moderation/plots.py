@@ -87,6 +87,49 @@ def plot_flagged_proportion(
     plt.close(figure)
 
 
+_MOST_BARS = 40
+
+
+def plot_shares(panels: Mapping[str, Mapping[str, tuple[float, Sequence[float] | None]]], path: Path) -> None:
+    """Draw shares as lying bars with their intervals, one panel under another; of a long panel the first 40.
+
+    Args:
+        panels: title -> name -> (share in [0, 1], [low, high] or None).
+        path: PNG file.
+    """
+    shown = {title: dict(list(shares.items())[:_MOST_BARS]) for title, shares in panels.items()}
+    heights = [1 + len(shares) for shares in shown.values()]
+    size = (7, 0.8 + 0.26 * sum(heights))
+    figure, grid = plt.subplots(
+        len(shown), figsize=size, layout="constrained", squeeze=False, sharex=True, height_ratios=heights
+    )
+    for axes, (title, shares) in zip(grid.ravel(), shown.items(), strict=True):
+        more = len(panels[title]) - len(shares)
+        axes.set_title(
+            _shorten(title) + (f" (the first {_MOST_BARS} of {len(panels[title])})" if more else ""), fontsize=9
+        )
+        values = np.array([100 * share for share, _ in shares.values()])
+        whiskers = np.array([[100 * edge for edge in edges or (share, share)] for share, edges in shares.values()])
+        if len(shares):
+            axes.barh(range(len(shares)), values, 0.7, color=COLOURS[0])
+            reach = np.clip(np.stack([values - whiskers[:, 0], whiskers[:, 1] - values]), 0, None)
+            axes.errorbar(
+                values, range(len(shares)), xerr=reach, fmt="none", ecolor="#333333", elinewidth=0.9, capsize=2
+            )
+            for place, (value, high) in enumerate(zip(values, whiskers[:, 1], strict=True)):
+                text = (max(value, high), place)
+                axes.annotate(f"{value:.1f}", text, xytext=(4, 0), textcoords="offset points", va="center", fontsize=7)
+        axes.set_yticks(range(len(shares)), [_shorten(name) for name in shares], fontsize=8)
+        axes.invert_yaxis()
+    farthest = max(
+        (edges[1] if edges else share for bars in shown.values() for share, edges in bars.values()), default=0
+    )
+    grid.ravel()[0].set_xlim(0, 112 * farthest or 100)  # room for the numbers behind the bars
+    grid.ravel()[-1].set_xlabel("rows (%)")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def plot_ranking_curves(columns: Mapping[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
     """Draw precision over recall and true-positive over false-positive rate, one panel for each name.
 

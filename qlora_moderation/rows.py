@@ -125,8 +125,8 @@ def _as_row(value: Any) -> dict[str, Any] | str:
     return value if isinstance(value, dict) else f"is a {type(value).__name__}, not an object with columns"
 
 
-def _parse_json(text: str) -> dict[str, Any] | str:
-    """Return the object of one line, or why there is none."""
+def parse_json(text: str) -> dict[str, Any] | str:
+    """Return the object that a text holds, or why there is none."""
     try:
         return _as_row(json.loads(text))
     except (ValueError, RecursionError) as error:
@@ -150,7 +150,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
                 yield place, f"is not valid UTF-8 at byte {error.start} of the line"
                 continue
             if line:
-                yield place, _parse_json(line)
+                yield place, parse_json(line)
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
@@ -212,7 +212,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
 
 def _from_cell(name: str, value: str) -> Any:
     if name in ("category", "flagged") and value.lstrip().startswith("{"):
-        row = _parse_json(value)
+        row = parse_json(value)
         return value if isinstance(row, str) else row
     if name not in ("prompt", "response", "model"):
         return {"true": True, "false": False}.get(value.strip().lower(), value)
@@ -227,14 +227,15 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             number = 0
             for batch in file.iter_batches(batch_size=4096):
-                for row in _batch_rows(batch):
+                for row in batch_rows(batch):
                     number += 1
                     yield f"{path}, row {number}", row
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: is not readable as Parquet ({str(error).splitlines()[0]})") from None
 
 
-def _batch_rows(batch: Any) -> list[dict[str, Any] | str]:
+def batch_rows(batch: Any) -> list[dict[str, Any] | str]:
+    """Return the rows of an Arrow table or batch; where one cannot be read, the reason stands for it."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:

@@ -30,12 +30,14 @@ class Scores:
         first_window_logits: [N, C] of the first window, which is what plain truncation reads.
         windows: [N] windows scored.
         truncated: [N] whether tokens were left unread.
+        tokens: of all windows together.
     """
 
     logits: np.ndarray
     first_window_logits: np.ndarray
     windows: np.ndarray
     truncated: np.ndarray
+    tokens: int = 0
 
     @property
     def probabilities(self) -> np.ndarray:
@@ -77,33 +79,59 @@ def score_pairs(
     Returns:
         Scores in the order of the input.
     """
-    encoder = classifier.encoder
-    split = (long_text or classifier.metadata.long_text) == "window"
-    windows = encoder.windows(prompts, responses) if split else encoder.encode(prompts, responses)
-    logits = np.full((len(prompts), len(classifier.taxonomy.categories)), -np.inf, dtype=np.float32)
-    first = np.empty_like(logits)
-    counts = np.zeros(len(prompts), dtype=np.int64)
-    truncated = np.zeros(len(prompts), dtype=bool)
-    firsts = set()
-    for index, window in enumerate(windows):
-        if not counts[window.text]:
-            firsts.add(index)
-        counts[window.text] += 1
-        truncated[window.text] = window.truncated and not split
+    cut = cut_windows(classifier, prompts, responses, long_text)
+    logits = np.empty((len(cut.windows), len(classifier.taxonomy.categories)), dtype=np.float32)
     model = classifier.model
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, len(windows), _CHUNK):
-            chunk = windows[start : start + _CHUNK]
-            scored = score_windows(classifier, chunk, max_tokens, progress)
-            texts = np.array([window.text for window in chunk], dtype=np.int64)
-            np.maximum.at(logits, texts, scored)
-            begins = np.array([start + i in firsts for i in range(len(chunk))], dtype=bool)
-            first[texts[begins]] = scored[begins]
+        for start in range(0, len(cut.windows), _CHUNK):
+            chunk = cut.windows[start : start + _CHUNK]
+            logits[start : start + _CHUNK] = score_windows(classifier, chunk, max_tokens, progress)
     finally:
         model.train(was_training)
-    return Scores(logits, first, counts, truncated)
+    return cut.collect(logits)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class CutPairs:
+    """N pairs as the windows that are scored; without a `repr`, which would show the texts as ids.
+
+    Attributes:
+        windows: in the order of the pairs, each with the index of its pair.
+        count: N.
+        whole: whether the windows of a pair hold all of it, or only what one window holds.
+    """
+
+    windows: Sequence[Window]
+    count: int
+    whole: bool
+
+    def collect(self, logits: np.ndarray) -> Scores:
+        """Put together what was said of the windows.
+
+        Args:
+            logits: [number of windows, C] in fp32, in the order of the windows.
+        """
+        texts = np.array([window.text for window in self.windows], dtype=np.int64)
+        highest = np.full((self.count, logits.shape[1]), -np.inf, dtype=np.float32)
+        np.maximum.at(highest, texts, logits)
+        first = logits[np.searchsorted(texts, np.arange(self.count))]  # the pairs stand in order, each at least once
+        truncated = np.zeros(self.count, dtype=bool)
+        if not self.whole:
+            truncated[texts] = [window.truncated for window in self.windows]
+        tokens = sum(len(window.ids) for window in self.windows)
+        return Scores(highest, first, np.bincount(texts, minlength=self.count), truncated, tokens)
+
+
+def cut_windows(
+    classifier: Classifier, prompts: Sequence[str], responses: Sequence[str], long_text: str | None = None
+) -> CutPairs:
+    """Tokenise N pairs; `long_text` is `window` or `truncate`, or None for the model's own choice."""
+    encoder = classifier.encoder
+    whole = (long_text or classifier.metadata.long_text) == "window"
+    windows = encoder.windows(prompts, responses) if whole else encoder.encode(prompts, responses)
+    return CutPairs(windows, len(prompts), whole)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""The long campaigns: the whole grid of law 1, hundreds of kills of law 6, learning in two processes.
+"""The long campaigns: the whole grid of law 1, hundreds of kills of law 6 and of predict, learning in two processes.
 
-    ./scripts/stress.sh [--minutes M] [grid] [kills] [bar]
+    ./scripts/stress.sh [--minutes M] [grid] [kills] [predict] [bar]
 
 Prints what it had no time for.
 """
@@ -75,6 +75,40 @@ def run_kills(backbone, rows, texts, folder, until):
     return skipped, False
 
 
+PREDICT_KILLS = 60
+"""For each way of running."""
+
+
+def run_predict(backbone, rows, texts, folder, until):
+    """Kill runs of predict, start them again, compare their outputs with unbroken ones, and print the tally."""
+    import predict_kills
+    from conftest import make_config, silent
+
+    from qlora_moderation.train import train
+
+    model = train(make_config(backbone, rows, folder / "predict-model", method="full", max_steps=2), silent)
+    made = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    inputs = predict_kills.write_inputs(made, folder / "predict-inputs")
+    options = {"model_path": str(model), "input": (str(inputs),), "block_size": 8, "use_cpu": True}
+    skipped = []
+    print(
+        "\npredict: SIGKILL at random instants; every output byte for byte that of an unbroken run, nothing left over"
+    )
+    print("| run as | kills | of them while writing | runs finished |\n|---|---|---|---|")
+    for seed, setting in enumerate(predict_kills.SETTINGS):
+        if time.monotonic() >= until:
+            skipped.append(f"predict, {setting}: all {PREDICT_KILLS}")
+            continue
+        # each way may use its share of what is left
+        end = time.monotonic() + (until - time.monotonic()) / (len(predict_kills.SETTINGS) - seed)
+        place = folder / f"predict-{seed}"
+        tally = predict_kills.campaign(setting, options, PREDICT_KILLS, place, seed, end)
+        print(f"| {setting} | {tally.kills} | {tally.while_writing} | {tally.runs} |", flush=True)
+        if tally.kills < PREDICT_KILLS:
+            skipped.append(f"predict, {setting}: {PREDICT_KILLS - tally.kills} of {PREDICT_KILLS}")
+    return skipped, False
+
+
 RATES = {"lora": 3e-3, "qlora": 3e-3, "full": 1e-3}
 BAR = 0.10  # of F1, over a model that reads the answer alone
 
@@ -124,7 +158,7 @@ def run_bar(backbone, rows, texts, folder, until):
 
 def main():
     """Run the campaigns named, all without names, for so many minutes."""
-    campaigns = {"grid": run_grid, "kills": run_kills, "bar": run_bar}
+    campaigns = {"grid": run_grid, "kills": run_kills, "predict": run_predict, "bar": run_bar}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=60.0, help="time for all campaigns together (default: 60)")
     parser.add_argument("names", nargs="*", metavar="CAMPAIGN", help=f"of {', '.join(campaigns)}; default: all")
