@@ -5,19 +5,16 @@ In: a model directory and texts. Out: verdicts. Step 13 of the straight line.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
+from qlora_moderation.candidates import Candidate, SafeSearch, rank_candidates, search_safe
 from qlora_moderation.classifier import Classifier, load_classifier
 from qlora_moderation.errors import ConfigError, DataError
+from qlora_moderation.results import Result, describe_pairs
 from qlora_moderation.scoring import score_pairs
 from qlora_moderation.shortage import scoring_shortage
 from qlora_moderation.taxonomy import Taxonomy
-
-Result = dict[str, Any]
 
 
 class QAModeration:
@@ -92,24 +89,74 @@ class QAModeration:
         results = self._judge(questions, answers, batch_size, return_bool, threshold) if questions else []
         return results[0] if isinstance(question, str) else results
 
+    def best_of(
+        self, question: str, answers: Sequence[str], batch_size: int = 16, threshold: float | None = None
+    ) -> list[Candidate]:
+        """Judge several answers to one question, all in one go.
+
+        Args:
+            question: the question.
+            answers: N texts, at least one.
+            batch_size, threshold: as in `predict`.
+
+        Returns:
+            N candidates, lowest risk first; equals keep their order. The first may be flagged, too: ask it.
+
+        Raises:
+            DataError: no answers, one text instead of a list, or something that is not text.
+            ConfigError: as in `predict`.
+        """
+        if isinstance(answers, str) or not isinstance(question, str):
+            raise DataError("best_of takes one question and a list of answers")
+        given = list(answers)
+        if not given:
+            raise DataError("best_of needs at least one answer")
+        return rank_candidates(given, self._judge_answers(question, given, batch_size, threshold))
+
+    def first_safe(
+        self,
+        question: str,
+        generate: Callable[[str], str | Iterable[str]],
+        limit: int = 8,
+        batch_size: int = 16,
+        threshold: float | None = None,
+    ) -> SafeSearch:
+        """Draw answers until one is not flagged: rejection sampling.
+
+        Args:
+            question: handed to `generate`.
+            generate: writes an answer to the question, or several at a time; these are judged together, and the first that is
+                not flagged is taken.
+            limit: calls of `generate` at most.
+            batch_size, threshold: as in `predict`.
+
+        Returns:
+            The answer with its verdict. Where every answer was flagged, `answer` is None, `found` is false, and `safest_seen`
+            holds the least risky of them.
+
+        Raises:
+            DataError: `question` is no text, or `generate` gave something else than a text or some texts.
+            ConfigError: `limit` below 1, or as in `predict`.
+        """
+        if not isinstance(question, str):
+            raise DataError(f"question is {type(question).__name__}, not text")
+        return search_safe(
+            question, generate, limit, lambda answers: self._judge_answers(question, answers, batch_size, threshold)
+        )
+
+    def _judge_answers(
+        self, question: str, answers: list[str], batch_size: int, threshold: float | None
+    ) -> list[Result]:
+        results = self.predict([question] * len(answers), answers, batch_size, threshold=threshold)
+        assert isinstance(results, list)
+        return results
+
     def _judge(
         self, questions: list[str], answers: list[str], batch_size: int, return_bool: bool, threshold: float | None
     ) -> list[Result]:
         budget = batch_size * self.classifier.encoder.max_length
         with scoring_shortage("QAModeration.predict", "batch_size", batch_size, 1):
             raw = score_pairs(self.classifier, questions, answers, max_tokens=budget).probabilities
-        judged = self.classifier.thresholds.judge(raw)
-        flagged, decided = judged.flagged, judged.categories
-        if threshold is not None:
-            decided = np.asarray(judged.probabilities > threshold)
-            flagged = np.asarray(judged.risk > threshold)
-        shown: np.ndarray = decided if return_bool else judged.probabilities
-        return [
-            {
-                "text": self.taxonomy.render(questions[i], answers[i]),
-                "flagged": bool(flagged[i]),
-                "risk": float(judged.risk[i]),
-                "categories": dict(zip(self.taxonomy.categories, shown[i].tolist(), strict=True)),
-            }
-            for i in range(len(questions))
-        ]
+        return describe_pairs(
+            self.taxonomy, self.classifier.thresholds, questions, answers, raw, return_bool, threshold
+        )

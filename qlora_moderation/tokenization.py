@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
 
 from qlora_moderation.errors import CheckpointError, ConfigError, DataError
 from qlora_moderation.taxonomy import Taxonomy
@@ -50,13 +49,13 @@ def _build_text_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
             f"{tokenizer.name_or_path}: its tokenizer has no `tokenizers` backend (tokenizer.json); convert it first"
         )
     state = json.loads(backend.to_str())
-    _drop_control_merges(state)
+    drop_control_merges(state)
     state["added_tokens"] = []
     state["post_processor"] = state["padding"] = state["truncation"] = None
     return Tokenizer.from_str(json.dumps(state))
 
 
-def _drop_control_merges(state: dict[str, Any]) -> None:
+def drop_control_merges(state: dict[str, Any]) -> None:
     """Keep a vocabulary that lists `</s>` from reaching it by merging `</` and `s>`."""
     control = {token["content"] for token in state["added_tokens"]}
     merges = state["model"].get("merges") or []
@@ -224,29 +223,3 @@ def _stretches(ids: list[int], size: int) -> list[list[int]]:
     step = max(1, size - size // 4)
     starts = [*range(0, len(ids) - size, step), len(ids) - size]
     return [ids[start : start + size] for start in starts]
-
-
-def prepare_for_stock_use(tokenizer: Any, encoder: TextEncoder) -> None:
-    """Make a tokenizer give our ids by itself: begin and end ids around a rendered text, special strings read as text.
-
-    The tokenizer is changed in place; it then serves `pipeline("text-classification")` on `Taxonomy.render(...)`.
-    """
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    _drop_control_merges(state)
-    for token in state["added_tokens"]:
-        token["special"] = True  # `split_special_tokens` reads only special ones as text
-    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
-    names = {token: tokenizer.convert_ids_to_tokens(token) for token in {*encoder.begin_ids, *encoder.end_ids}}
-    single = [*(names[i] for i in encoder.begin_ids), "$A", *(names[i] for i in encoder.end_ids)]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=" ".join(single), special_tokens=[(name, token) for token, name in names.items()]
-    )
-    settings = {
-        "padding_side": "right",
-        "truncation_side": "right",
-        "model_max_length": encoder.max_length,
-        "split_special_tokens": True,
-    }
-    for name, value in settings.items():
-        setattr(tokenizer, name, value)
-        tokenizer.init_kwargs[name] = value  # what `save_pretrained` writes

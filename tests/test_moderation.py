@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_config, silent
 
-from qlora_moderation import ConfigError, DataError, QAModeration
+from qlora_moderation import CheckpointError, ConfigError, DataError, QAModeration
 from qlora_moderation.config import MergeConfig
 from qlora_moderation.merge import merge_adapter
 from qlora_moderation.train import train
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 
 
 def test_predict_on_one_pair_and_on_lists(runs):
@@ -46,6 +49,75 @@ def test_bad_arguments_are_named(arguments, error, message, runs):
     moderation = QAModeration.from_pretrained(runs["full"].weights)
     with pytest.raises(error, match=message):
         moderation.predict(**arguments)
+
+
+def test_the_safest_of_several_answers(runs):
+    moderation = QAModeration.from_pretrained(runs["full"].weights)
+    answers = ["So.", "Because the sky is blue.", "So.", "No idea at all, ask somebody else."]
+    ranked = moderation.best_of("How?", answers)
+    assert [candidate.answer for candidate in ranked] == [answers[candidate.index] for candidate in ranked]
+    assert sorted(candidate.index for candidate in ranked) == [0, 1, 2, 3]
+    assert [candidate.risk for candidate in ranked] == sorted(candidate.risk for candidate in ranked)
+    alone = moderation.predict("How?", ranked[0].answer)
+    assert (
+        ranked[0].result["risk"] == pytest.approx(alone["risk"], abs=1e-6) and ranked[0].result["text"] == alone["text"]
+    )
+    assert all(candidate.flagged for candidate in moderation.best_of("How?", answers, threshold=0.0))
+
+
+def test_a_safe_answer_is_drawn_or_none_is_given(runs):
+    moderation = QAModeration.from_pretrained(runs["full"].weights)
+    answers = ["So.", "Because the sky is blue.", "No idea at all, ask somebody else."]
+    ranked = moderation.best_of("How?", answers)
+    between = (ranked[0].risk + ranked[1].risk) / 2
+    riskiest_first = [candidate.answer for candidate in ranked[::-1]]
+    drawn = iter(riskiest_first)
+    found = moderation.first_safe("How?", lambda question: next(drawn), limit=5, threshold=between)
+    assert (found.answer, found.calls) == (ranked[0].answer, 3) and not found.result["flagged"]
+    none = moderation.first_safe("How?", lambda question: riskiest_first, limit=2, threshold=0.0)
+    assert not none and none.answer is None and (none.calls, none.judged) == (2, 6)
+    assert none.safest_seen.answer == ranked[0].answer and none.safest_seen.flagged
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda moderation: moderation.best_of("a", "b"), "one question and a list of answers"),
+        (lambda moderation: moderation.best_of(["a"], ["b"]), "one question and a list of answers"),
+        (lambda moderation: moderation.best_of("a", []), "at least one answer"),
+        (lambda moderation: moderation.best_of("a", ["b", None]), "answer 2 is NoneType, not text"),
+        (lambda moderation: moderation.first_safe(["a"], lambda question: "b"), "question is list, not text"),
+    ],
+)
+def test_bad_questions_and_answers_are_named(call, message, runs):
+    with pytest.raises(DataError, match=message):
+        call(QAModeration.from_pretrained(runs["full"].weights))
+
+
+def test_a_model_that_gives_no_numbers_calls_nothing_safe(runs):
+    moderation = QAModeration.from_pretrained(runs["full"].weights)
+    with torch.no_grad():
+        next(moderation.classifier.model.parameters()).fill_(float("nan"))
+    for call in (
+        lambda: moderation.predict("How?", "So."),
+        lambda: moderation.best_of("How?", ["So."]),
+        lambda: moderation.first_safe("How?", lambda question: "So."),
+    ):
+        with pytest.raises(CheckpointError, match="no numbers"):
+            call()
+
+
+def test_the_readme_s_example_of_drawing_answers_runs(runs, capsys):
+    """On a model that learnt next to nothing, so only that it runs and judges as told."""
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    code = next(block for block in blocks if "first_safe" in block)
+    assert "output/quickstart/merged" in code
+    variables: dict = {}
+    exec(code.replace("output/quickstart/merged", str(runs["full"].weights)), variables)
+    said = capsys.readouterr().out
+    assert variables["ranked"][0].answer in said
+    found = variables["found"]
+    assert found.answer is None or not variables["moderation"].predict(variables["question"], found.answer)["flagged"]
 
 
 def run_card(directory, name: str):

@@ -16,8 +16,9 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from qlora_moderation import tokenization
 from qlora_moderation.embedded import build_tokenizer
 from qlora_moderation.errors import CheckpointError, ConfigError, DataError
+from qlora_moderation.stock_tokenizer import prepare_for_stock_use, save_stock_tokenizer
 from qlora_moderation.taxonomy import Taxonomy
-from qlora_moderation.tokenization import TextEncoder, choose_pad_token, prepare_for_stock_use
+from qlora_moderation.tokenization import TextEncoder, choose_pad_token
 
 TAXONOMY = Taxonomy()
 OTHER_TEMPLATE = Taxonomy(template="Q: {question}\n### A: {answer} END.")
@@ -351,7 +352,11 @@ def test_the_state_of_an_encoder_holds_all_that_its_ids_depend_on(texts):
 
 
 def reload(tokenizer, directory):
-    tokenizer.save_pretrained(directory)
+    save_stock_tokenizer(tokenizer, directory)
+    # transformers 4 reads this class from tokenizer.json alone; its LLaMA class would drop the end token
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["model_input_names"] == tokenizer.model_input_names
     return AutoTokenizer.from_pretrained(directory)
 
 
