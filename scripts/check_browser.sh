@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The evaluation report in headless Chromium: filters, hostile texts, 33,396 rows. Installs Debian's packages where it may.
+# The evaluation report and the server's page in headless Chromium: hostile texts, 33,396 rows, keyboard, contrast, curl.
+# Installs Debian's packages where it may.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 cd "$root"

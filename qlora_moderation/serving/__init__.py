@@ -1,0 +1,1 @@
+"""A moderation server: OpenAI's schema in front of the one score path."""

@@ -1,0 +1,105 @@
+"""The classifier behind the server: texts to windows, windows to logits, through the one score path.
+
+In: a model directory. Out: logits. The server's other modules work without torch; this one opens the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from qlora_moderation.classifier import Classifier, load_classifier
+from qlora_moderation.scoring import CutPairs, cut_windows, default_token_budget, score_windows
+from qlora_moderation.serving.config import ServeConfig
+from qlora_moderation.serving.faults import EngineShortageError
+from qlora_moderation.tokenization import Window
+
+_CPU_TOKENS = 512  # a larger forward is hardly faster a token on a CPU, and everyone waits for its end
+
+
+class Engine:
+    """A loaded classifier. `cut` may run in any thread, `score` in one at a time."""
+
+    def __init__(self, classifier: Classifier, config: ServeConfig) -> None:
+        self.classifier = classifier
+        self.long_text = config.long_text or classifier.metadata.long_text
+        device, longest = classifier.model.device, classifier.encoder.max_length
+        chosen = default_token_budget(device, longest) if device.type == "cuda" else max(longest, _CPU_TOKENS)
+        self.token_budget = config.max_tokens_per_micro_batch or chosen
+        self._probe = self.cut(["?"], ["."]).windows
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The C categories."""
+        return self.classifier.taxonomy.categories
+
+    def cut(self, questions: Sequence[str], answers: Sequence[str]) -> CutPairs:
+        """Tokenise N pairs."""
+        return cut_windows(self.classifier, questions, answers, self.long_text)
+
+    def score(self, windows: Sequence[Window]) -> np.ndarray:
+        """Return logits [number of windows, C].
+
+        Raises:
+            EngineShortageError: out of memory.
+        """
+        try:
+            return score_windows(self.classifier, windows, self.token_budget, None)
+        except MemoryError:
+            raise EngineShortageError from None
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        raise EngineShortageError
+
+    def probe(self) -> bool:
+        """Say whether the model still answers, by one short text."""
+        try:
+            return bool(np.isfinite(self.score(self._probe)).all())
+        except Exception:  # whatever it is, the answer is no
+            return False
+
+    def warm_up(self) -> None:
+        """Run the forwards that traffic will run, so that no client waits for what happens once: the largest on a GPU."""
+        self.score(self._probe)
+        if self.classifier.model.device.type == "cuda":
+            self.score(list(self._probe) * max(1, self.token_budget // len(self._probe[0].ids)))
+
+    def describe(self) -> dict[str, Any]:
+        """Return what clients may want to know of the model."""
+        metadata = self.classifier.metadata
+        return {
+            "categories": list(self.names),
+            "template": metadata.taxonomy.template,
+            "max_length": self.classifier.encoder.max_length,
+            "long_text": self.long_text,
+            "method": metadata.method,
+            "kind": metadata.kind,
+        }
+
+    def explain(self) -> str:
+        """Return where and how it computes, for the log."""
+        model = self.classifier.model
+        kind = str(model.autocast_dtype or torch.float32).removeprefix("torch.")
+        threads = f" on {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
+        return (
+            f"{model.device.type}{threads}, {kind}, {self.classifier.layout} ({self.classifier.layout_reason}), forwards of "
+            f"at most {self.token_budget} tokens"
+        )
+
+
+def load_engine(config: ServeConfig) -> Engine:
+    """Open the model and run it once.
+
+    Raises:
+        ModerationError: the directory cannot be used, or the device is too small.
+    """
+    classifier = load_classifier(config.model_path, config.dtype, config.use_cpu, max_length=config.max_length)
+    engine = Engine(classifier, config)
+    engine.warm_up()
+    return engine
