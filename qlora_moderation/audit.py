@@ -16,25 +16,19 @@ from qlora_moderation.taxonomy import Taxonomy
 def compute_audit(
     training: Pairs,
     taxonomy: Taxonomy,
-    token_counts: np.ndarray,
+    token_counts: np.ndarray | None,
     max_length: int,
     validation: Pairs | None = None,
 ) -> dict[str, Any]:
     """Describe the training pairs, and their overlap with the validation pairs.
 
     Args:
-        training: N labelled pairs.
+        training: N pairs, with labels or with moderators' verdicts only.
         taxonomy: names of the labels.
-        token_counts: [N] tokens of each pair before truncation.
+        token_counts: [N] tokens of each pair before truncation; None: they were not counted.
         max_length: longest text in tokens that the model sees.
         validation: pairs to look for among the training pairs.
-
-    Raises:
-        ValueError: the pairs carry no labels.
     """
-    if training.labels is None or training.flagged is None:
-        raise ValueError("an audit needs labelled pairs")
-    repeated = training.weight > 1
     audit: dict[str, Any] = {
         "rows": training.annotations,
         "skipped_rows": len(training.skipped_rows),
@@ -43,23 +37,25 @@ def compute_audit(
         "annotations_per_pair": {
             str(count): int((training.weight == count).sum()) for count in np.unique(training.weight)
         },
-        "pairs_with_several_annotations": int(repeated.sum()),
-        "pairs_with_disagreement_on_flagged": int(((training.flagged > 0) & (training.flagged < 1)).sum()),
-        "flagged_share": float(np.average(training.flagged, weights=training.weight)),
-        "label_counts": {
-            name: float((training.labels[:, index] * training.weight).sum())
-            for index, name in enumerate(taxonomy.categories)
-        },
-        "tokens": {
-            "mean": float(token_counts.mean()),
-            "median": float(np.median(token_counts)),
-            "p95": float(np.percentile(token_counts, 95)),
-            "longest": int(token_counts.max()),
+        "pairs_with_several_annotations": int((training.weight > 1).sum()),
+    }
+    if training.labels is not None and training.flagged is not None:
+        audit |= {
+            "pairs_with_disagreement_on_flagged": int(_is_split(training.flagged).sum()),
+            "flagged_share": float(np.average(training.flagged, weights=training.weight)),
+            "label_counts": {
+                name: float((training.labels[:, index] * training.weight).sum())
+                for index, name in enumerate(taxonomy.categories)
+            },
+        }
+    if training.verdicts:
+        audit["verdicts"] = {name: _count_verdicts(votes) for name, votes in training.verdicts.items()}
+    if token_counts is not None:
+        audit["tokens"] = describe_lengths(token_counts) | {
             "max_length": max_length,
             "truncated_pairs": int((token_counts > max_length).sum()),
             "truncated_share": float((token_counts > max_length).mean()),
-        },
-    }
+        }
     if validation is not None:
         prompts = set(training.prompts)
         pairs = set(zip(training.prompts, training.responses, strict=True))
@@ -74,8 +70,34 @@ def compute_audit(
     return audit
 
 
+def describe_lengths(counts: np.ndarray) -> dict[str, Any]:
+    """Return mean, median, 95th percentile and the longest of [N] lengths."""
+    return {
+        "mean": float(counts.mean()),
+        "median": float(np.median(counts)),
+        "p95": float(np.percentile(counts, 95)),
+        "longest": int(counts.max()),
+    }
+
+
+def count_disagreement(pairs: Pairs, taxonomy: Taxonomy) -> dict[str, int]:
+    """Return for each category the pairs whose annotators do not agree on it."""
+    assert pairs.labels is not None
+    split = _is_split(pairs.labels).sum(axis=0)
+    return dict(zip(taxonomy.categories, split.tolist(), strict=True))
+
+
+def _is_split(votes: np.ndarray) -> np.ndarray:
+    return (votes > 0) & (votes < 1)
+
+
+def _count_verdicts(votes: np.ndarray) -> dict[str, Any]:
+    given = votes[~np.isnan(votes)]
+    return {"pairs": len(given), "flagged_share": float(given.mean()) if len(given) else None}
+
+
 def describe_audit(audit: dict[str, Any]) -> list[str]:
-    """Return the audit as lines for a log."""
+    """Return the audit of labelled pairs with counted tokens as lines for a log."""
     tokens = audit["tokens"]
     lines = [
         f"training data: {audit['rows']:,} rows, {audit['pairs']:,} distinct pairs, {audit['prompts']:,} prompts, "

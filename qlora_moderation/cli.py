@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
-import time
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from qlora_moderation.audit_config import AuditConfig
 from qlora_moderation.config import (
     BackboneConfig,
     EvaluateConfig,
@@ -23,9 +22,12 @@ from qlora_moderation.config import (
     TrainConfig,
     TuneConfig,
 )
-from qlora_moderation.errors import ConfigError, Interrupted, ModerationError, SaidByMainError
+from qlora_moderation.errors import ConfigError, Interrupted, ModerationError
+from qlora_moderation.faults import report, report_early, report_fault, report_interrupt, report_once, report_stop
 from qlora_moderation.inputs import check_inputs
 from qlora_moderation.options import build_parser, load_options, nearest
+from qlora_moderation.prediction_config import CombineConfig, PredictConfig
+from qlora_moderation.serving.config import ServeConfig
 
 
 def _run_train(config: TrainConfig) -> None:
@@ -50,6 +52,18 @@ def _run_evaluate(config: EvaluateConfig) -> int:
     from qlora_moderation.evaluate import evaluate, find_exit_code
 
     return find_exit_code(evaluate(config))
+
+
+def _run_predict(config: PredictConfig) -> None:
+    from qlora_moderation.predict import predict
+
+    predict(config)
+
+
+def _run_combine(config: CombineConfig) -> None:
+    from qlora_moderation.combine import combine
+
+    combine(config)
 
 
 def _run_tune(config: TuneConfig) -> None:
@@ -86,10 +100,22 @@ def _run_backbone(config: BackboneConfig) -> None:
     )
 
 
+def _run_audit(config: AuditConfig) -> None:
+    from qlora_moderation.data_audit import audit_data
+
+    audit_data(config)
+
+
 def _run_quickstart(config: QuickstartConfig) -> None:
     from qlora_moderation.quickstart import run_quickstart
 
     run_quickstart(config)
+
+
+def _run_serve(config: ServeConfig) -> int:
+    from qlora_moderation.serving.server import serve
+
+    return serve(config)
 
 
 _JOBS: dict[str, tuple[type, Callable[[Any], int | None], str]] = {
@@ -102,93 +128,46 @@ _JOBS: dict[str, tuple[type, Callable[[Any], int | None], str]] = {
     "merge": (MergeConfig, _run_merge, "Merge an adapter and its head into a plain classifier, and prove it."),
     "evaluate": (EvaluateConfig, _run_evaluate, "Evaluate a full, adapter or merged model on labelled or judged rows."),
     "tune": (TuneConfig, _run_tune, "Tune a model's calibration and thresholds on validation rows."),
+    "predict": (PredictConfig, _run_predict, "Score rows of any number, block by block, and sum up what is flagged."),
+    "combine": (CombineConfig, _run_combine, "Put together what the shards of predict have scored."),
+    "serve": (ServeConfig, _run_serve, "Serve a model at /v1/moderations in OpenAI's schema, with a page to try it."),
     "report": (ReportConfig, _run_report, "Make figures and report of an evaluation anew from its files."),
+    "audit": (AuditConfig, _run_audit, "Describe a data set: repeats, disagreement, lengths, leakage, broken rows."),
     "backbone": (BackboneConfig, _run_backbone, "Build a small LLaMA with its tokenizer from the texts of some rows."),
     "quickstart": (QuickstartConfig, _run_quickstart, "Run the whole line, embedded or on a real backbone and rows."),
 }
 
 
-_SEVERAL_PROCESSES = {"train", "evaluate"}
+_GOES_ON = {
+    "train": "; a run with checkpoints goes on when the same command is given again",
+    "predict": "; the same command goes on behind the blocks that are done",
+    "combine": "; nothing is lost, give the same command again",
+}
+_SEVERAL_PROCESSES = {"train", "evaluate", "predict"}
 
 
 def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run one of the jobs with the given flags and return the exit code."""
     config_class, job, description = _JOBS[name]
     if name not in _SEVERAL_PROCESSES and os.environ.get("WORLD_SIZE", "1") != "1":
-        return _report_early(ConfigError(f"{name} runs in one process; start it without torchrun"))
+        return report_early(ConfigError(f"{name} runs in one process; start it without torchrun"))
     parser = build_parser(config_class, description, prog)
     try:
         config: Any = load_options(config_class, parser, sys.argv[1:] if argv is None else argv)
         check_inputs(config)
     except ModerationError as error:
-        return _report_early(error)
+        return report_early(error)
     _silence_libraries()
     try:
         return job(config) or 0
     except ModerationError as error:
-        return _report_once(error)
+        return report_once(error)
     except Interrupted as stop:
-        if not _speaker():
-            print(stop, file=sys.stderr)
-        return stop.exit_code
+        return report_stop(stop)
     except KeyboardInterrupt:
-        if not _speaker():
-            more = "; a run with checkpoints goes on when the same command is given again" if name == "train" else ""
-            print(f"interrupted{more}", file=sys.stderr)
-        return 130
+        return report_interrupt(_GOES_ON.get(name, ""))
     except Exception as error:
-        return _report_fault(error)
-
-
-def _report_early(error: ModerationError) -> int:
-    """Report what every process meets before they know each other: once on each machine, which has files of its own."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        return _report(error)
-    time.sleep(3)  # torchrun ends all processes with the first: leave it time to speak
-    return 2
-
-
-def _report_once(error: ModerationError) -> int:
-    """Report what several ranks may have met: once, by rank 0 where it is among them.
-
-    torchrun ends all processes with the first, so the ranks that have nothing to say wait for the one that has.
-    """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return _report(error)
-    from qlora_moderation.distributed import speaks_first
-
-    time.sleep(3 if isinstance(error, SaidByMainError) else 1 if _speaker() else 0)
-    return _report(error) if speaks_first(str(error)) else 2
-
-
-def _report(error: ModerationError) -> int:
-    if not isinstance(error, SaidByMainError):
-        print("\n".join(f"{_speaker()}error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-    return 2
-
-
-def _report_fault(error: Exception) -> int:
-    """Report what no message was written for, rank by rank where there are several.
-
-    Raises:
-        Exception: the given one, in a run of one process.
-    """
-    from qlora_moderation.distributed import is_lost_contact
-
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        raise error
-    lines = traceback.format_exception(error)
-    if is_lost_contact(error):
-        lines = [
-            f"lost contact with another rank, whose error, if it had one, stands in the same log ({lines[-1].strip()})"
-        ]
-    print("".join(f"{_speaker() or '[rank 0] '}{line}\n" for line in "".join(lines).splitlines()), file=sys.stderr)
-    return 1
-
-
-def _speaker() -> str:
-    rank = os.environ.get("RANK", "0")
-    return "" if rank == "0" else f"[rank {rank}] "
+        return report_fault(error)
 
 
 def _silence_libraries() -> None:
@@ -197,14 +176,56 @@ def _silence_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
+def _print_completion(arguments: Sequence[str]) -> int:
+    from qlora_moderation.completion import SHELLS, build_script
+
+    if len(arguments) != 1 or arguments[0] in ("--help", "-h"):
+        print(f"usage: qlora-moderation completion {' | '.join(SHELLS)}; prints a script to be sourced")
+        return 0 if arguments in (["--help"], ["-h"]) else 2
+    print(build_script(arguments[0], {name: (config_class, text) for name, (config_class, _, text) in _JOBS.items()}))
+    return 0
+
+
+def _print_versions() -> int:
+    from qlora_moderation.environment import describe_versions
+
+    print("\n".join(describe_versions()))
+    return 0
+
+
+def _print_jobs(code: int) -> int:
+    lines = ["usage: qlora-moderation JOB FLAGS; `qlora-moderation JOB --help` lists the flags", "", "jobs:"]
+    lines += [f"  {name:12}{description}" for name, (_, _, description) in _JOBS.items()]
+    lines += [
+        "",
+        f"  {'completion':12}Print a script for bash, zsh, fish or tcsh that completes jobs, flags and words.",
+    ]
+    lines += [f"  {'--version':12}Print the versions that a report of a bug needs."]
+    print("\n".join(lines))
+    return code
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `qlora-moderation JOB FLAGS` and return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] in _JOBS:
-        return run_job(arguments[0], arguments[1:], prog=f"qlora-moderation {arguments[0]}")
-    if arguments and not arguments[0].startswith("-"):
-        word = arguments[0]
-        return _report(ConfigError(f"unknown job {word}{nearest(word, _JOBS)}; the jobs are {', '.join(_JOBS)}"))
-    lines = ["usage: qlora-moderation JOB FLAGS; `qlora-moderation JOB --help` lists the flags", "", "jobs:"]
-    print("\n".join([*lines, *(f"  {name:12}{description}" for name, (_, _, description) in _JOBS.items())]))
-    return 0 if arguments in (["--help"], ["-h"]) else 2
+    word = arguments[0] if arguments else ""
+    if word in _JOBS:
+        return run_job(word, arguments[1:], prog=f"qlora-moderation {word}")
+    try:
+        return _print_word(word, arguments[1:])
+    except ModerationError as error:
+        return report(error)
+    except BrokenPipeError:  # `| head` has read enough
+        sys.stdout = None  # nothing is left to be flushed at the end
+        return 0
+
+
+def _print_word(word: str, rest: Sequence[str]) -> int:
+    if word == "completion":
+        return _print_completion(rest)
+    if word in ("--version", "-V"):
+        return _print_versions()
+    if word in ("", "--help", "-h"):
+        return _print_jobs(0 if word else 2)
+    what, known = ("flag", ["--version", "--help"]) if word.startswith("-") else ("job", [*_JOBS, "completion"])
+    raise ConfigError(f"unknown {what} {word}{nearest(word, known)}; the {what}s are {', '.join(known)}")

@@ -156,6 +156,8 @@ class TrainConfig:
             )
         elif init not in ("true", "gaussian"):
             faults.append(f"--init_lora_weights {init}: allowed: true, gaussian")
+        if self.cache_dir == "":
+            faults.append("--cache_dir is empty; give a directory, auto, or none")
         budget = self.max_tokens_per_micro_batch
         if budget is not None and budget < self.max_length:
             faults.append(

@@ -12,7 +12,10 @@ from typing import Any
 
 from qlora_moderation.config import EvaluateConfig, TrainConfig, TuneConfig
 from qlora_moderation.errors import ConfigError, ModerationError
+from qlora_moderation.prediction_config import PredictConfig
 from qlora_moderation.rows import parse_spec
+from qlora_moderation.serving.config import ServeConfig
+from qlora_moderation.tables import find_sources
 from qlora_moderation.taxonomy import load_taxonomy
 
 _DATA_OPTIONS = ("train_data_name_or_path", "eval_data_name_or_path", "eval_dataset")
@@ -41,6 +44,8 @@ def check_inputs(config: Any) -> None:
 def _list_checks(config: Any) -> Iterator[Callable[[], Any]]:
     for spec in filter(None, (getattr(config, name, None) for name in _DATA_OPTIONS)):
         yield functools.partial(parse_spec, spec)
+    if isinstance(config, PredictConfig):
+        yield functools.partial(find_sources, config.input, config.output_dir)
     if isinstance(config, TrainConfig):
         yield functools.partial(_check_metric, config)
     elif isinstance(config, EvaluateConfig) and config.fail_if:
@@ -52,6 +57,12 @@ def _list_checks(config: Any) -> Iterator[Callable[[], Any]]:
 
         objectives = dict.fromkeys(filter(None, (config.objective, config.flagged_objective)))
         yield from (functools.partial(Objective.parse, text) for text in objectives)
+    elif isinstance(config, ServeConfig):
+        from qlora_moderation.serving.keys import load_keys
+        from qlora_moderation.serving.server import check_packages
+
+        yield check_packages
+        yield functools.partial(load_keys, config)
 
 
 def _check_metric(config: TrainConfig) -> None:

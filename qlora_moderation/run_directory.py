@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib.metadata
 import json
-import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,16 +16,11 @@ from typing import Any, TextIO
 from qlora_moderation.checkpoint import remove_leftovers
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.distributed import is_main, on_main
+from qlora_moderation.environment import describe_environment
 from qlora_moderation.errors import CheckpointError
 from qlora_moderation.metadata import write_json, write_text
 from qlora_moderation.options import dump_options
 from qlora_moderation.staging import check_shared
-
-PACKAGES = (
-    "qlora-moderation", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers",
-    "safetensors", "scikit-learn", "numpy",
-)  # fmt: skip
-
 
 OWN = (
     "checkpoints", "adapter", "model", "metrics.jsonl", "audit.json", "validation.jsonl", "curves.png", "environment.json",
@@ -36,17 +29,6 @@ OWN = (
 """What a run writes; starting over removes these and nothing else, and last what tells that this is a run's directory."""
 
 LOCK = ".lock"
-
-
-def describe_environment() -> dict[str, Any]:
-    """Return Python's, the system's and the packages' versions."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {"python": platform.python_version(), "system": platform.platform(), "packages": versions}
 
 
 class RunDirectory:

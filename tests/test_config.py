@@ -268,6 +268,7 @@ def test_the_bounds_are_there():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        ("--cache_dir=", "--cache_dir is empty; give a directory, auto, or none"),
         ("--max_tokens_per_micro_batch 511", "is below --max_length 512"),
         ("--eval_strategy no --validation_fraction 0.1", "--eval_strategy no never uses them"),
         ("--eval_data_name_or_path d --validation_fraction 0.1", "both name validation data"),

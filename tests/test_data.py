@@ -661,7 +661,12 @@ def test_the_audit_of_a_hand_made_set(tmp_path):
     assert len(describe_audit(compute_audit(training, TAXONOMY, np.ones(3), 50))) == 3
 
 
-def test_an_audit_needs_labels(tmp_path):
+def test_an_audit_of_judged_rows_counts_verdicts(tmp_path):
     path, _ = save(tmp_path, "lines.jsonl", JUDGED)
-    with pytest.raises(ValueError, match="labelled"):
-        compute_audit(load(path), TAXONOMY, np.ones(2), 50)
+    pairs = load(path)
+    audit = compute_audit(pairs, TAXONOMY, None, 50)
+    assert "label_counts" not in audit and "tokens" not in audit and audit["pairs"] == len(pairs)
+    assert audit["verdicts"].keys() == pairs.verdicts.keys()
+    for name, votes in pairs.verdicts.items():
+        assert audit["verdicts"][name]["pairs"] == (~np.isnan(votes)).sum()
+        assert audit["verdicts"][name]["flagged_share"] == pytest.approx(np.nanmean(votes))

@@ -14,16 +14,17 @@ PACKAGE = "qlora_moderation"
 
 # A module imports only from those above it. A new module goes below everything that it imports, and as high as that allows.
 LAYERS = """
-    errors
-    strict_yaml options config taxonomy metadata calibration thresholds
+    errors environment
+    strict_yaml options config audit_config prediction_config taxonomy metadata calibration thresholds results candidates
     rows annotation data audit
-    token_ids tokenization leakage token_cache
+    verdicts pair_columns blocks text_tables json_tables csv_tables columnar_tables tables
+    token_ids tokenization stock_tokenizer leakage token_cache
     batching layout
-    distributed interruption staging
+    distributed interruption progress staging
     tensor_files nf4
-    attention products fused_layers backbone adapter model loss memory
-    blueprint recomputation activations estimate capacity shortage cards
-    sharding export classifier scoring assembly
+    memory attention products fused_layers backbone adapter model loss
+    blueprint recomputation activations estimate capacity shortage
+    sharding export classifier cards scoring assembly
     optim prior checkpoint
     intervals metrics baselines tuning
     plots card
@@ -31,15 +32,25 @@ LAYERS = """
     sample embedded
     merged_weights streaming whole_merge proof merge
     moderators predictions analysis comparison rendering sections report
-    evaluate tune moderation
+    evaluate tune moderation classify_api data_audit
+    workload row_check parts proportions summary combine block_scoring local_engine ray_engine predict
     quickstart
-    inputs cli
+    serving serving.config serving.faults serving.conversation serving.requests serving.keys serving.bodies
+    serving.instruments serving.rule serving.engine serving.planning serving.batcher serving.answers serving.page
+    serving.service serving.app serving.server
+    inputs faults completion cli
 """
 ORDER = LAYERS.split()
-READS_ARGUMENTS = {"cli", "options"}  # options only builds the parser that cli fills
-WITHOUT_TORCH = [*ORDER[: ORDER.index("audit") + 1], "batching", "inputs", "cli"]
+READS_ARGUMENTS = {
+    "cli",
+    "options",
+    "completion",
+}  # options builds the parser that cli fills, completion one that nobody fills
+SERVING = [module for module in ORDER if module.startswith("serving") and module != "serving.engine"]
+WITHOUT_TORCH = [*ORDER[: ORDER.index("tables") + 1], "batching", *SERVING]
+WITHOUT_TORCH += ["combine", "predict", "inputs", "faults", "completion", "cli"]
 SOURCES = {
-    ".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts): path.read_text(encoding="utf-8")
+    ".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path.read_text("utf-8")
     for path in sorted((ROOT / PACKAGE).rglob("*.py"))
 }
 

@@ -1,0 +1,79 @@
+"""How a job that failed says so: one line for what a user can mend, once, whatever the number of processes.
+
+In: an exception. Out: lines on standard error, and the exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+
+from qlora_moderation.errors import Interrupted, ModerationError, SaidByMainError
+
+
+def report(error: ModerationError) -> int:
+    """Print what can be mended and return 2."""
+    if not isinstance(error, SaidByMainError):
+        print("\n".join(f"{_speaker()}error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+    return 2
+
+
+def report_early(error: ModerationError) -> int:
+    """Report what every process meets before they know each other: once on each machine, which has files of its own."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return report(error)
+    time.sleep(3)  # torchrun ends all processes with the first: leave it time to speak
+    return 2
+
+
+def report_once(error: ModerationError) -> int:
+    """Report what several ranks may have met: once, by rank 0 where it is among them.
+
+    torchrun ends all processes with the first, so the ranks that have nothing to say wait for the one that has.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return report(error)
+    from qlora_moderation.distributed import speaks_first
+
+    time.sleep(3 if isinstance(error, SaidByMainError) else 1 if _speaker() else 0)
+    return report(error) if speaks_first(str(error)) else 2
+
+
+def report_stop(stop: Interrupted) -> int:
+    """Say why a run stopped on request, once."""
+    if not _speaker():
+        print(stop, file=sys.stderr)
+    return stop.exit_code
+
+
+def report_interrupt(advice: str) -> int:
+    """Answer to Ctrl-C, once."""
+    if not _speaker():
+        print(f"interrupted{advice}", file=sys.stderr)
+    return 130
+
+
+def report_fault(error: Exception) -> int:
+    """Report what no message was written for, rank by rank where there are several.
+
+    Raises:
+        Exception: the given one, in a run of one process.
+    """
+    from qlora_moderation.distributed import is_lost_contact
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        raise error
+    lines = traceback.format_exception(error)
+    if is_lost_contact(error):
+        lines = [
+            f"lost contact with another rank, whose error, if it had one, stands in the same log ({lines[-1].strip()})"
+        ]
+    print("".join(f"{_speaker() or '[rank 0] '}{line}\n" for line in "".join(lines).splitlines()), file=sys.stderr)
+    return 1
+
+
+def _speaker() -> str:
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"[rank {rank}] "
