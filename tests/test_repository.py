@@ -23,6 +23,8 @@ SCRIPTS = {
     "evaluate.py": "evaluate",
     "merge_adapter.py": "merge",
     "tune.py": "tune",
+    "predict.py": "predict",
+    "combine.py": "combine",
     "build_backbone.py": "backbone",
     "quickstart.py": "quickstart",
     "quickstart.sh": "quickstart",
@@ -42,10 +44,14 @@ def test_recipes_load_and_refuse_a_misspelt_key(path, tmp_path):
         load_options(TrainConfig, parser, ["--config", str(tmp_path / "typo.yaml"), *NEEDED])
 
 
-def readme_commands() -> list[str]:
+def readme_lines() -> list[str]:
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, flags=re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if re.search(r"scripts/\w+\.(py|sh)", line)]
+    return [line for block in blocks for line in block.splitlines()]
+
+
+def readme_commands() -> list[str]:
+    return [line for line in readme_lines() if re.search(r"scripts/\w+\.(py|sh)", line)]
 
 
 def test_every_command_of_the_readme_parses():
@@ -62,6 +68,18 @@ def test_every_command_of_the_readme_parses():
             load_options(config_class, build_parser(config_class, ""), arguments)
 
 
+def test_every_job_that_the_readme_starts_parses():
+    commands = [shlex.split(line, comments=True) for line in readme_lines() if line.startswith("qlora-moderation ")]
+    assert any(words[1] == "audit" for words in commands)
+    for words in commands:
+        if words[1] not in ("--help", "--version", "completion"):
+            config_class = _JOBS[words[1]][0]
+            try:
+                load_options(config_class, build_parser(config_class, ""), words[2:])
+            except ConfigError as error:  # a place that a quick start has yet to make
+                assert re.fullmatch(r"--\w+ [^\n]*: no such directory[^\n]*", str(error)), words
+
+
 def test_scripts_are_thin_and_help_is_light():
     for name in (
         "train.py",
@@ -69,6 +87,8 @@ def test_scripts_are_thin_and_help_is_light():
         "evaluate.py",
         "merge_adapter.py",
         "tune.py",
+        "predict.py",
+        "combine.py",
         "build_backbone.py",
         "quickstart.py",
     ):
