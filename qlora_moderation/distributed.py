@@ -138,6 +138,18 @@ def speaks_first(message: str) -> bool:
         return True
 
 
+def first_to_fail() -> int:
+    """Note that this rank has an error of its own, and return the rank that was the first to say so."""
+    own = int(os.environ.get("RANK", "0"))
+    if world_size() == 1:
+        return own
+    try:
+        store: Any = dist.distributed_c10d._get_default_store()
+        return int(store.compare_set("failed", "", str(own)))
+    except Exception:  # the process that kept the store has gone
+        return own
+
+
 def is_lost_contact(error: BaseException | None) -> bool:
     """Say whether an error, or what it followed from, only tells that another rank has gone."""
     signs = ("Connection closed by peer", "Connection reset by peer", "gloo/transport", "NCCL communicator was aborted")

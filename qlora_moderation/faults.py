@@ -56,20 +56,25 @@ def report_interrupt(advice: str) -> int:
 
 
 def report_fault(error: Exception) -> int:
-    """Report what no message was written for, rank by rank where there are several.
+    """Report what no message was written for: the first rank to fail with its traceback, the others in a line.
+
+    What a rank meets when another one has gone is often its consequence, whatever its type.
 
     Raises:
         Exception: the given one, in a run of one process.
     """
-    from qlora_moderation.distributed import is_lost_contact
+    from qlora_moderation.distributed import first_to_fail, is_lost_contact
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         raise error
     lines = traceback.format_exception(error)
+    own = int(os.environ.get("RANK", "0"))
     if is_lost_contact(error):
         lines = [
             f"lost contact with another rank, whose error, if it had one, stands in the same log ({lines[-1].strip()})"
         ]
+    elif (first := first_to_fail()) != own:
+        lines = [f"lost contact with rank {first}, whose error stands in the same log ({lines[-1].strip()})"]
     print("".join(f"{_speaker() or '[rank 0] '}{line}\n" for line in "".join(lines).splitlines()), file=sys.stderr)
     return 1
 

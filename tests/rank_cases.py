@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import bench_sharding
@@ -20,6 +23,7 @@ from qlora_moderation.classifier import Classifier
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.distributed import is_main, processes, rank, world_size
 from qlora_moderation.errors import Interrupted, ModerationError
+from qlora_moderation.faults import report_fault
 from qlora_moderation.loop import Loop
 from qlora_moderation.predict import predict
 from qlora_moderation.prediction_config import PredictConfig
@@ -229,6 +233,18 @@ def agree_on_errors(kind: str) -> str:
     except ModerationError as error:
         return f"{type(error).__name__}: {error}"
     return f"no error {is_main()}"
+
+
+def report_odd_faults() -> str:
+    """Let rank 1 fail, and rank 0 behind it with something that does not look like lost contact; return what each prints."""
+    heard = io.StringIO()
+    with contextlib.redirect_stderr(heard):
+        if rank() == 1:
+            report_fault(ValueError("rank 1 has lost its mind"))
+        dist.barrier()
+        if rank() == 0:
+            report_fault(KeyError("a buffer"))
+    return heard.getvalue().strip()
 
 
 def sum_some_gradients() -> list[list[float]]:

@@ -224,6 +224,12 @@ def test_what_fails_on_one_rank_stops_all_and_is_said_once():
     ]
 
 
+def test_a_rank_that_fails_behind_another_says_so_in_a_line_whatever_it_met():
+    behind, first = run_ranks(2, rank_cases.run_all, [("report_odd_faults", {})])
+    assert first == ["[rank 1] ValueError: rank 1 has lost its mind"]
+    assert behind == ["[rank 0] lost contact with rank 1, whose error stands in the same log (KeyError: 'a buffer')"]
+
+
 def test_gradients_are_summed_and_a_missing_one_is_zero():
     expected = [[3.0] * 3, [2.0] * 2, [3.0]]
     assert run_ranks(2, rank_cases.run_all, [("sum_some_gradients", {})]) == [[expected], [expected]]
