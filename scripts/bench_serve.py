@@ -3,7 +3,8 @@
 
     python scripts/bench_serve.py [--rows FILE] [--seconds 20] [--phases lone saturation steady overload many]
 
-A server process on loopback with a random LLaMA of 29 M weights; the load comes from this process over plain sockets. `lone`:
+A server process on loopback with a random LLaMA of 29 M weights; the load comes from this process over plain sockets, on a
+core of its own, which the server may not use (`--shared_cores`: all cores for both, where clients slow the model). `lone`:
 one request after the other. `saturation`: 64 in flight, with dynamic batches and with one text a forward. `steady`: random
 arrivals at 70 % of saturation. `overload`: at three times saturation. `many`: 10,000 short requests with 50 in flight.
 """
@@ -14,6 +15,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,13 +52,24 @@ def build_model(place, arguments):
     return path, [(row["prompt"], row["response"]) for row in rows]
 
 
+def part_cores(shared):
+    """Return the server's cores and those of the load: the last one alone, where there are several."""
+    cores = sorted(os.sched_getaffinity(0))
+    return (cores, cores) if shared or len(cores) == 1 else (cores[:-1], cores[-1:])
+
+
 @contextlib.contextmanager
-def serving(path, *flags):
-    """Start a server and yield its port."""
+def serving(path, cores, *flags):
+    """Start a server on these cores and yield its port."""
     command = [sys.executable, "-c", "import sys; from qlora_moderation.cli import main; sys.exit(main())", "serve"]
     command += ["--model_path", path, "--port", "0", "--max_length", "512", "--log_requests", "False", *flags]
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True)
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)  # the server inherits it, and its threads are counted by it
+    try:
+        process = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True)
+    finally:
+        os.sched_setaffinity(0, own)
     try:
         port = 0
         for line in process.stdout:
@@ -222,17 +235,22 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="of the steady phase")
     parser.add_argument("--count", type=int, default=10_000, help="requests of the last phase")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
+    parser.add_argument("--shared_cores", action="store_true", help="let server and load share all cores")
     parser.add_argument("--json", help="also write the figures here")
     parser.add_argument("flags", nargs="*", help="after --: flags for the server")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a server left running would outlive this process
     seconds, figures, lone = arguments.seconds, {}, None
     with tempfile.TemporaryDirectory() as place:
         path, pairs = build_model(Path(place), arguments)
         requests = build_requests(pairs)
+        cores, own = part_cores(arguments.shared_cores)
+        print(f"server on cores {cores}, load on {own}", flush=True)
+        os.sched_setaffinity(0, own)
         if "saturation" in arguments.phases:
-            with serving(path, "--max_windows_per_micro_batch", "1", *arguments.flags) as port:
+            with serving(path, cores, "--max_windows_per_micro_batch", "1", *arguments.flags) as port:
                 figures["one_by_one"] = find_saturation(port, requests, seconds, "saturation, one text a forward")
-        with serving(path, *arguments.flags) as port:
+        with serving(path, cores, *arguments.flags) as port:
             measure(port, lambda load: load.keep_in_flight(requests, 8, 32, 60))
             if "lone" in arguments.phases:
                 outcomes = measure(port, lambda load: load.keep_in_flight(requests, 1, len(requests), seconds))
