@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.dora import DoraLinearLayer
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -23,6 +24,12 @@ from qlora_moderation.backbone import BackboneSpec, brief, quiet
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.errors import CheckpointError, ConfigError
 from qlora_moderation.memory import is_shortage
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+"""PEFT's name of the file with an adapter's tensors."""
+
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts before the names of tensors."""
 
 
 def find_head(model: PreTrainedModel) -> tuple[nn.Module, str, nn.Linear]:
@@ -139,29 +146,50 @@ def _magnitudes_without_weights() -> Iterator[None]:
         DoraLinearLayer.update_layer = compute
 
 
-def check_adapter(directory: Path, network: PeftModel) -> None:
+def read_adapter_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """Read an adapter's tensors under their stored names, less PEFT's prefix.
+
+    Raises:
+        CheckpointError: the file is damaged, or a tensor is not finite.
+    """
+    file = directory / ADAPTER_WEIGHTS
+    try:
+        tensors = {_without_prefix(name): tensor for name, tensor in load_file(file).items()}
+    except Exception as error:  # safetensors' own kinds
+        raise CheckpointError(f"{file}: cannot be read ({brief(error)}); copy the adapter again") from None
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise CheckpointError(f"{file}: {name} is not finite; take an earlier adapter")
+    return tensors
+
+
+def _without_prefix(name: str) -> str:
+    return name.removeprefix(PEFT_PREFIX)
+
+
+def check_adapter(directory: Path, found: set[str], network: PeftModel) -> None:
     """Compare the tensors of an adapter's file with those that its settings ask for; what the base has, too, may be added.
+
+    Args:
+        directory: of the adapter.
+        found: the names of its tensors, less PEFT's prefix.
+        network: what the settings ask for.
 
     Raises:
         CheckpointError: one is missing, or cannot be placed.
     """
-    file = directory / "adapter_model.safetensors"
-    try:
-        with safe_open(file, framework="pt") as opened:
-            found = set(opened.keys())
-    except Exception as error:  # safetensors' own kinds
-        raise CheckpointError(f"{file}: cannot be read ({brief(error)}); copy the adapter again") from None
-    wanted = set(get_peft_model_state_dict(network, save_embedding_layers=False))
+    file = directory / ADAPTER_WEIGHTS
+    wanted = set(map(_without_prefix, get_peft_model_state_dict(network, save_embedding_layers=False)))
     missing = sorted(wanted - found)
     if missing:
         raise CheckpointError(
-            f"{file}: lacks {len(missing)} tensors, the first is {missing[0]}; copy the adapter again"
+            f"{file}: lacks {len(missing)} tensors, the first is {PEFT_PREFIX}{missing[0]}; copy the adapter again"
         )
-    base = {name.replace(".base_layer", "") for name in network.state_dict()}
+    base = {_without_prefix(name).replace(".base_layer", "") for name in network.state_dict()}
     strangers = sorted(name for name in found - wanted if name.replace(".base_layer", "") not in base)
     if strangers:
         raise CheckpointError(
-            f"{file}: holds {strangers[0]}, which adapter_config.json does not explain; copy both again"
+            f"{file}: holds {PEFT_PREFIX}{strangers[0]}, which adapter_config.json does not explain; copy both again"
         )
 
 
@@ -169,8 +197,8 @@ def fit_vocabulary(model: PreTrainedModel, directory: Path) -> None:
     """Give a classifier's embedding as many rows as the one that an adapter brings, where it brings one."""
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding)
-    with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
-        key = f"base_model.model.{name}.weight"
+    with safe_open(directory / ADAPTER_WEIGHTS, framework="pt") as file:
+        key = f"{PEFT_PREFIX}{name}.weight"
         rows = file.get_slice(key).get_shape()[0] if key in file.keys() else embedding.num_embeddings  # noqa: SIM118 - no mapping
     if rows != embedding.num_embeddings:
         with quiet():
@@ -181,17 +209,18 @@ def load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
     """Put a saved adapter and its head on a classifier, frozen.
 
     Raises:
-        CheckpointError: the adapter does not fit this classifier.
+        CheckpointError: the adapter is damaged, or does not fit this classifier.
     """
     find_head(model)[2].float()
+    found = read_adapter_tensors(directory).keys()
     try:
         fit_vocabulary(model, directory)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # they are named below
             network = PeftModel.from_pretrained(model, str(directory))
-    except Exception as error:  # safetensors, size mismatches, PEFT's own checks
+    except Exception as error:  # size mismatches, PEFT's own checks
         if is_shortage(error):
             raise
         raise CheckpointError(f"{directory}: the adapter does not fit its base ({brief(error)})") from None
-    check_adapter(directory, network)
+    check_adapter(directory, set(found), network)
     return network

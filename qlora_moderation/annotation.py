@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from qlora_moderation.errors import show
 from qlora_moderation.taxonomy import Taxonomy
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -52,7 +53,7 @@ def read_annotation(row: dict[str, Any], taxonomy: Taxonomy, place: str) -> Anno
     model = _read_text(row, "model") if row.get("model") is not None else None
     votes = row.get("flagged")
     if votes is not None and not isinstance(votes, dict):
-        raise BadRow(f"flagged is {_show(votes)}, not a mapping of moderators to true or false")
+        raise BadRow(f"flagged is {show(votes)}, not a mapping of moderators to true or false")
     if any(_LONE_SURROGATE.search(str(name)) for name in votes or ()):
         raise BadRow("flagged names a moderator with a lone surrogate, which is no character")
     verdicts = {
@@ -62,11 +63,6 @@ def read_annotation(row: dict[str, Any], taxonomy: Taxonomy, place: str) -> Anno
         return Annotation(prompt, response, None, None, model, verdicts, place)
     labels, flagged = _read_labels(row, taxonomy)
     return Annotation(prompt, response, labels, flagged, model, verdicts, place)
-
-
-def _show(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 def _read_text(row: dict[str, Any], column: str) -> str:
@@ -90,7 +86,7 @@ def check_text(text: Any, column: str) -> str:
 
 def _read_flag(value: Any, column: str) -> bool:
     if not isinstance(value, bool | np.bool_):
-        raise BadRow(f"{column} is {_show(value)}, not true or false")
+        raise BadRow(f"{column} is {show(value)}, not true or false")
     return bool(value)
 
 
@@ -105,7 +101,7 @@ def _read_labels(row: dict[str, Any], taxonomy: Taxonomy) -> tuple[tuple[bool, .
     if votes is None:
         raise BadRow("column category is missing")
     if not isinstance(votes, dict):
-        raise BadRow(f"category is {_show(votes)}, not a mapping of names to true or false")
+        raise BadRow(f"category is {show(votes)}, not a mapping of names to true or false")
     if tuple(votes) != taxonomy.categories:  # the usual order needs no search
         _check_names(votes, taxonomy)
     labels = tuple(votes[name] for name in taxonomy.categories)

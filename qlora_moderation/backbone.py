@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -68,6 +69,12 @@ def inspect_backbone(name: str, revision: str | None = None) -> BackboneSpec:
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
     except Exception as error:  # transformers and its checks of single fields raise many kinds here
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(
+                f"{name}: needs code of its own, which is never run here; use a model type that transformers knows itself"
+            ) from None
+        if (Path(name) / "config.json").is_file():
+            raise CheckpointError(f"{name}: its config.json cannot be used ({brief(error)})") from None
         raise CheckpointError(f"{name}: is no readable model directory or hub name ({brief(error)})") from None
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(f"{name}: its weights are already quantised; give the unquantised base, NF4 is done here")
@@ -323,4 +330,5 @@ def quiet() -> Iterator[None]:
 
 def brief(error: BaseException) -> str:
     """Return another library's message on one line, short enough for a log."""
-    return " ".join(str(error).split())[:240] or type(error).__name__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch writes some of its errors in bold
+    return " ".join(text.split())[:240] or type(error).__name__

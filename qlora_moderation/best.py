@@ -78,6 +78,7 @@ class Best:
         assert pairs is not None and pairs.labels is not None and pairs.flagged is not None
         labels, flagged, categories = pairs.labels, pairs.flagged, classifier.taxonomy.categories
         scores = score_pairs(classifier, pairs.prompts, pairs.responses, max_tokens=self.plan.token_budget)
+        scores.check_finite(pairs.places)
         # rank 0's figures count: another machine may round them otherwise, and all ranks must take the same branch
         metrics = on_main(
             lambda: compute_metrics(labels, flagged, classifier.thresholds.judge(scores.probabilities), categories)

@@ -16,7 +16,7 @@ from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 
 from qlora_moderation import backbone as bb
-from qlora_moderation.adapter import load_adapter, set_label_names
+from qlora_moderation.adapter import ADAPTER_WEIGHTS, load_adapter, set_label_names
 from qlora_moderation.batching import Layout
 from qlora_moderation.capacity import Capacity
 from qlora_moderation.distributed import current_device, is_main
@@ -198,8 +198,8 @@ def _inspect_base(directory: Path, base_model: str | None) -> bb.BackboneSpec:
     stored_settings = read_json(directory / ADAPTER_FILE)
     if not isinstance(stored_settings, dict) or not stored_settings.get("base_model_name_or_path"):
         raise CheckpointError(f"{directory / ADAPTER_FILE}: names no base model; copy the adapter again")
-    if not (directory / "adapter_model.safetensors").is_file():
-        raise CheckpointError(f"{directory}: adapter_model.safetensors is missing; copy the adapter again")
+    if not (directory / ADAPTER_WEIGHTS).is_file():
+        raise CheckpointError(f"{directory}: {ADAPTER_WEIGHTS} is missing; copy the adapter again")
     try:
         settings = PeftConfig.from_pretrained(str(directory))
     except Exception as error:  # unknown kinds, odd values

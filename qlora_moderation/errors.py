@@ -4,7 +4,17 @@ Each message says what was given, what is allowed and the edit that mends it. Th
 a traceback and exits with code 2; anything else that escapes is a fault of this library.
 """
 
+import reprlib
 import signal
+from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 2, 4, 4, 80, 80
+
+
+def show(value: Any) -> str:
+    """Return a value for a message, shortened before it is written out: YAML's aliases can make it larger than memory."""
+    return _SHORT.repr(value)
 
 
 class ModerationError(Exception):

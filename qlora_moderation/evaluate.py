@@ -74,6 +74,7 @@ def _evaluate(config: EvaluateConfig, log: Callable[[str], None]) -> dict[str, A
     budget = config.max_tokens_per_micro_batch or default_token_budget(classifier.model.device, longest)
     with scoring_shortage(f"--model_path {config.model_path}", "--max_tokens_per_micro_batch", budget, longest):
         scores = score_pairs(classifier, pairs.prompts, pairs.responses, long_text, budget)
+    scores.check_finite(pairs.places)
     predictions = judge_scores(pairs, scores, classifier.thresholds, load_hashes(Path(config.model_path)))
 
     def compute() -> dict[str, Any]:

@@ -12,12 +12,21 @@ import traceback
 
 from qlora_moderation.errors import Interrupted, ModerationError, SaidByMainError
 
+_LONGEST_LINE = 2000
+
 
 def report(error: ModerationError) -> int:
     """Print what can be mended and return 2."""
     if not isinstance(error, SaidByMainError):
-        print("\n".join(f"{_speaker()}error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        print("\n".join(f"{_speaker()}error: {_escape(line)}" for line in str(error).split("\n")), file=sys.stderr)
     return 2
+
+
+def _escape(line: str) -> str:
+    """Return a line that a terminal can show, whatever names and values from outside it holds: short, and without controls."""
+    if len(line) > _LONGEST_LINE:
+        line = f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
 
 
 def report_early(error: ModerationError) -> int:

@@ -14,17 +14,15 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file
 from torch import nn
 
 from qlora_moderation import backbone as bb
-from qlora_moderation.adapter import check_adapter, find_head, fit_vocabulary, set_label_names
+from qlora_moderation.adapter import check_adapter, find_head, fit_vocabulary, read_adapter_tensors, set_label_names
 from qlora_moderation.errors import CheckpointError
 from qlora_moderation.metadata import ModelMetadata
 from qlora_moderation.nf4 import RoundedWeight, pieces_of
 from qlora_moderation.tensor_files import OnlyWholeError, StoredTensor, find_tensors
 
-_PREFIX = "base_model.model."
 _ENDS = {".lora_A.weight": "a", ".lora_B.weight": "b", ".lora_magnitude_vector": "magnitude"}
 
 
@@ -209,7 +207,7 @@ def _check_whole(adapter_path: Path, spec: bb.BackboneSpec, count: int) -> None:
         network: Any = get_peft_model(bare, settings, low_cpu_mem_usage=True)
     except Exception as error:  # PEFT's own checks, and whatever odd settings make of them
         raise CheckpointError(f"{adapter_path}: its settings do not fit its base ({bb.brief(error)})") from None
-    check_adapter(adapter_path, network)
+    check_adapter(adapter_path, set(read_adapter_tensors(adapter_path)), network)
 
 
 def read_lora_settings(adapter_path: Path) -> LoraConfig:
@@ -227,19 +225,6 @@ def read_lora_settings(adapter_path: Path) -> LoraConfig:
     return settings
 
 
-def read_adapter_tensors(adapter_path: Path) -> dict[str, torch.Tensor]:
-    """Read an adapter's tensors under their stored names, less PEFT's prefix.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
-    file = adapter_path / "adapter_model.safetensors"
-    try:
-        return {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(file).items()}
-    except Exception as error:  # safetensors' own kinds
-        raise CheckpointError(f"{file}: cannot be read ({bb.brief(error)}); copy the adapter again") from None
-
-
 def _read_adapter(adapter_path: Path, skeleton: Any) -> tuple[dict[str, LoraUpdate], dict[str, torch.Tensor]]:
     """Return (updates by weight, tensors that replace the base's)."""
     settings = read_lora_settings(adapter_path)
@@ -247,8 +232,6 @@ def _read_adapter(adapter_path: Path, skeleton: Any) -> tuple[dict[str, LoraUpda
     parts: dict[str, dict[str, torch.Tensor]] = {}
     own: dict[str, torch.Tensor] = {}
     for name, tensor in read_adapter_tensors(adapter_path).items():
-        if not bool(torch.isfinite(tensor.float()).all()):
-            raise CheckpointError(f"{adapter_path}: its tensor {name} is not finite; take an earlier adapter")
         for end, part in _ENDS.items():
             if name.endswith(end):
                 parts.setdefault(name.removesuffix(end), {})[part] = tensor.float()

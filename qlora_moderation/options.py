@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
-from qlora_moderation.errors import ConfigError
+from qlora_moderation.errors import ConfigError, show
 from qlora_moderation.strict_yaml import read_yaml
 
 T = TypeVar("T")
@@ -43,6 +43,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {match[0]}?)" if match else ""
 
 
+def _word(value: Any) -> str:
+    if isinstance(value, list | tuple | dict | set):  # YAML's aliases can make one larger than memory when written out
+        raise ValueError("expected a single value")
+    return str(value)
+
+
 def _convert(value: Any, annotation: Any, whole: bool = False) -> Any:
     """Turn a YAML value or the text of a flag into the annotated type; `ValueError` says what is allowed."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
@@ -50,8 +56,8 @@ def _convert(value: Any, annotation: Any, whole: bool = False) -> Any:
         words = [argument for argument in arguments if typing.get_origin(argument) is Literal]
         if bool in arguments and words:  # a switch that has words of its own beside yes and no
             allowed = typing.get_args(words[0])
-            if str(value) in allowed or str(value).lower() not in _TRUE | _FALSE:
-                return _convert(str(value), words[0])
+            if _word(value) in allowed or _word(value).lower() not in _TRUE | _FALSE:
+                return _convert(_word(value), words[0])
             return _convert(value, bool)
         if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
             return None
@@ -63,7 +69,7 @@ def _convert(value: Any, annotation: Any, whole: bool = False) -> Any:
             {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
         )  # YAML 1.1 reads a bare no as False
         if text not in arguments:
-            raise ValueError(f"allowed: {', '.join(map(str, arguments))}{nearest(str(value), map(str, arguments))}")
+            raise ValueError(f"allowed: {', '.join(map(str, arguments))}{nearest(_word(value), map(str, arguments))}")
         return text
     if origin is tuple:
         if value is None or isinstance(value, dict):
@@ -78,7 +84,7 @@ def _convert(value: Any, annotation: Any, whole: bool = False) -> Any:
             raise ValueError("expected at least one")
         return tuple(_convert(item, arguments[0]) for item in items)
     if annotation is bool:
-        text = str(value).lower()
+        text = _word(value).lower()
         if text not in _TRUE | _FALSE:
             raise ValueError("expected True or False")
         return text in _TRUE
@@ -193,7 +199,7 @@ def load_options(cls: type[T], parser: argparse.ArgumentParser, argv: Sequence[s
         try:
             resolved[name] = _convert(value, hints[name], fields[name].metadata.get("whole", False))
         except ValueError as error:
-            faults.append(f"{place}: {value!r} is not valid, {error}")
+            faults.append(f"{place}: {show(value)} is not valid, {error}")
             continue
         fault = _check_bounds(resolved[name], fields[name].metadata)
         if fault:

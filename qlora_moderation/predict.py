@@ -58,15 +58,15 @@ def predict(config: PredictConfig, log: Log = _say) -> dict[str, Any] | None:
     shard, shards = config.share
     number, every = shard + shards * rank, shards * processes
     parts = Parts(output, work.facts)
-    parts.open(asked)
     with parts.locked(number, every):
         if read_finished(output) is None:
             mine = {block for index, block in enumerate(list_blocks(work.facts)) if index % every == number}
             todo = [block for block in parts.find_missing() if block in mine]
             _report_start(work, mine, todo, log)
+            if config.on_bad_row == "stop":
+                check_blocks(work, todo)
+            parts.open(asked)
             if todo:
-                if config.on_bad_row == "stop":
-                    check_blocks(work, todo)
                 if config.engine == "ray":
                     from qlora_moderation.ray_engine import score_blocks
                 else:

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 from qlora_moderation import backbone as bb
+from qlora_moderation.adapter import read_adapter_tensors
 from qlora_moderation.classifier import Classifier, OpenedModel, load_classifier
 from qlora_moderation.distributed import current_device
 from qlora_moderation.errors import ModerationError
-from qlora_moderation.merged_weights import MergePlan, read_adapter_tensors, read_lora_settings
+from qlora_moderation.merged_weights import MergePlan, read_lora_settings
 from qlora_moderation.model import ModerationModel
 from qlora_moderation.sample import build_sample
 from qlora_moderation.scoring import Scores, score_pairs

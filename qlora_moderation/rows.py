@@ -8,6 +8,7 @@ must be named by its line, and reading must be able to go on behind it; pyarrow'
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -22,6 +23,14 @@ from qlora_moderation.errors import DataError
 
 FILE_ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
 BEAVERTAILS = "PKU-Alignment/BeaverTails"
+_PACKED = {
+    "gzip": rb"\x1f\x8b",
+    "bzip2": rb"BZh[1-9]1A",
+    "xz": rb"\xfd7zXZ\0",
+    "zstd": rb"\x28\xb5\x2f\xfd",
+    "zip": rb"PK\x03\x04",
+}
+"""What packs files, and what the first bytes of such a file match."""
 _ORIGINAL_SPLITS = {"train": "30k_train", "test": "30k_test"}
 
 
@@ -67,7 +76,7 @@ class Source:
             with Path(self.name).open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise _unreadable(self.name, error) from None
+            raise unreadable(self.name, error) from None
 
 
 def parse_spec(spec: str) -> list[Source]:
@@ -87,6 +96,9 @@ def _parse_source(part: str) -> Source:
         if not path.is_file():
             raise DataError(f"{part}: {'is a directory' if path.is_dir() else 'no such file'}; give the path of a file")
         return Source(part)
+    if path.is_file():
+        with contextlib.suppress(OSError):
+            refuse_packed(path)
     match = re.fullmatch(r"(?P<name>[\w.-]+(?:/[\w.-]+)?):(?P<split>[^@\s]+)(?:@(?P<revision>\S+))?", part)
     if match is None or path.exists():
         raise DataError(
@@ -112,12 +124,38 @@ def read_rows(source: Source) -> Iterator[tuple[str, dict[str, Any] | str]]:
     path = Path(source.name)
     reader = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
     try:
+        refuse_packed(path)
+        before = stamp(path)
         yield from reader[path.suffix.lower()](path)
+        changed = stamp(path) != before
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
+    if changed:
+        raise DataError(f"{path}: changed while it was read; give the same command again when it is written")
 
 
-def _unreadable(path: Path | str, error: OSError) -> DataError:
+def stamp(path: Path) -> tuple[int, int]:
+    """Return what changes when a file is written to: its size, and the time in nanoseconds."""
+    state = path.stat()
+    return state.st_size, state.st_mtime_ns
+
+
+def refuse_packed(path: Path) -> None:
+    """Refuse a packed file, whatever its name.
+
+    Raises:
+        DataError: names what packed it.
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        start = file.read(6)
+    for tool, magic in _PACKED.items():
+        if re.match(magic, start):
+            raise DataError(f"{path}: is packed with {tool}; unpack it, and give the path of what comes out")
+
+
+def unreadable(path: Path | str, error: OSError) -> DataError:
+    """Return what to raise where a file does not open, or stops being readable."""
     return DataError(f"{path}: cannot be read ({error.strerror or error})")
 
 

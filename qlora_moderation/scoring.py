@@ -14,6 +14,7 @@ import torch
 from qlora_moderation.batching import micro_batches
 from qlora_moderation.classifier import Classifier
 from qlora_moderation.distributed import rank, sum_over_ranks, world_size
+from qlora_moderation.errors import CheckpointError
 from qlora_moderation.layout import build_micro_batch, send
 from qlora_moderation.sharding import reshard
 from qlora_moderation.tokenization import Window
@@ -48,6 +49,22 @@ class Scores:
     def first_window_probabilities(self) -> np.ndarray:
         """[N, C] sigmoid of the first window's logits."""
         return _sigmoid(self.first_window_logits)
+
+    def check_finite(self, places: Sequence[str]) -> None:
+        """Refuse logits that are no numbers: no verdict at all, least of all "not flagged".
+
+        Args:
+            places: N, of the pairs.
+
+        Raises:
+            CheckpointError: names the first place.
+        """
+        broken = np.flatnonzero(~np.isfinite(self.logits).all(axis=1))
+        if len(broken):
+            raise CheckpointError(
+                f"{places[broken[0]]}: the model's logits are not finite, for {len(broken):,} of {len(self.logits):,} "
+                "pairs; use --dtype float32, or another model"
+            )
 
 
 def _sigmoid(logits: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from qlora_moderation.blocks import Table
 from qlora_moderation.csv_tables import Csv
 from qlora_moderation.errors import DataError
 from qlora_moderation.json_tables import JsonArray, JsonLines
-from qlora_moderation.rows import FILE_ENDINGS, Source, parse_spec
+from qlora_moderation.rows import FILE_ENDINGS, Source, parse_spec, refuse_packed, unreadable
 
 RESERVED = ("parts", "summary.json", "summary.png")
 """What an output directory holds beside the outputs."""
@@ -88,9 +88,14 @@ def open_table(source: Source, prefix: str) -> Table:
         from qlora_moderation.columnar_tables import HubTable
 
         return HubTable(source, prefix)
-    ending = Path(source.name).suffix.lower()
+    path = Path(source.name)
+    try:
+        refuse_packed(path)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    ending = path.suffix.lower()
     if ending == ".json":
-        return make_table("json" if _begins_array(Path(source.name)) else "jsonl", source.name, prefix)
+        return make_table("json" if _begins_array(path) else "jsonl", source.name, prefix)
     return make_table(ending[1:], source.name, prefix)
 
 
@@ -113,5 +118,5 @@ def _begins_array(path: Path) -> bool:
                 if not byte.isspace():
                     return byte == b"["
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise unreadable(path, error) from None
     return False

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from qlora_moderation.blocks import Block, Row, Survey, Table
 from qlora_moderation.errors import DataError
+from qlora_moderation.rows import unreadable
 from qlora_moderation.verdicts import Verdicts
 
 LONGEST_ROW = 2**26
@@ -88,7 +89,7 @@ class TextTable(Table):
         try:
             yield from self.scan(Path(self.source), start)
         except OSError as error:
-            raise DataError(f"{self.source}: cannot be read ({error.strerror or error})") from None
+            raise unreadable(self.source, error) from None
 
     def write_part(self, file: BinaryIO, block: Block, verdicts: Verdicts) -> None:
         """See `Table`."""

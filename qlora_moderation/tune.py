@@ -50,6 +50,7 @@ def tune_model(config: TuneConfig, log: Callable[[str], None] = print) -> Thresh
         budget = config.max_tokens_per_micro_batch or default_token_budget(classifier.model.device, longest)
         with scoring_shortage(f"--model_path {directory}", "--max_tokens_per_micro_batch", budget, longest):
             scores = score_pairs(classifier, pairs.prompts, pairs.responses, config.long_text, budget)
+    scores.check_finite(pairs.places)
     assert pairs.labels is not None and pairs.flagged is not None
     names = classifier.taxonomy.categories
     thresholds = tune(

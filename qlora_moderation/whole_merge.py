@@ -17,9 +17,9 @@ from safetensors import safe_open
 from torch import nn
 
 from qlora_moderation import backbone as bb
-from qlora_moderation.adapter import fit_vocabulary, set_label_names
+from qlora_moderation.adapter import PEFT_PREFIX, fit_vocabulary, read_adapter_tensors, set_label_names
 from qlora_moderation.classifier import OpenedModel
-from qlora_moderation.merged_weights import Recipe, read_adapter_tensors, read_lora_settings
+from qlora_moderation.merged_weights import Recipe, read_lora_settings
 from qlora_moderation.nf4 import round_with_bitsandbytes
 
 
@@ -86,7 +86,7 @@ def _merge_single(name: str, recipe: Recipe, settings: LoraConfig, tensors: dict
         weight = weight.to(recipe.read_as)
     weight = weight.float() if recipe.nf4 is None else round_with_bitsandbytes(weight, recipe.nf4)
     layer = name.removesuffix(".weight")
-    own = {f"base_model.model.{key}": value for key, value in tensors.items() if key.startswith(f"{layer}.")}
+    own = {f"{PEFT_PREFIX}{key}": value for key, value in tensors.items() if key.startswith(f"{layer}.")}
     if not own:
         return weight
     *path, leaf = layer.split(".")

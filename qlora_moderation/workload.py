@@ -21,6 +21,7 @@ from qlora_moderation.metadata import read_json
 from qlora_moderation.options import nearest
 from qlora_moderation.pair_columns import PairColumns
 from qlora_moderation.prediction_config import PredictConfig
+from qlora_moderation.rows import stamp
 from qlora_moderation.tables import find_sources, open_table
 
 _SAMPLED_ABOVE = 2**26  # bytes of a file of weights; below, every byte counts
@@ -125,10 +126,10 @@ def build_workload(config: PredictConfig) -> Workload:
     needed = [("prompt_column", config.prompt_column), ("response_column", config.response_column)]
     inputs, described = [], []
     for name, source in sources.items():
-        stamp, table = _stamp(Path(source.name)), open_table(source, config.prefix)
+        before, table = stamp(Path(source.name)) if source.split is None else None, open_table(source, config.prefix)
         survey = table.survey(config.block_size)
         check_columns(str(source), survey, needed, config.prefix)
-        inputs.append(Input(name, table, survey, stamp))
+        inputs.append(Input(name, table, survey, before))
         described.append(
             {"name": name, "format": table.format, "rows": survey.rows, "content": source.fingerprint() or "unknown"}
         )
@@ -209,10 +210,5 @@ def check_unchanged(workload: Workload) -> None:
         DataError: one was written to since.
     """
     for each in workload.inputs:
-        if _stamp(Path(each.table.source)) != each.stamp:
+        if each.stamp is not None and stamp(Path(each.table.source)) != each.stamp:
             raise DataError(f"{each.table.source}: has changed while it was scored; start over with --overwrite True")
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """Return size and time of change of a file; None: it is a hub set."""
-    return (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None
