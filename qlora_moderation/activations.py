@@ -21,9 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
-from qlora_moderation.backbone import brief
 from qlora_moderation.blueprint import Blueprint
-from qlora_moderation.errors import ModerationError
+from qlora_moderation.errors import ModerationError, brief
 from qlora_moderation.layout import MicroBatch, Segments, build_micro_batch
 from qlora_moderation.loss import compute_loss
 from qlora_moderation.model import ModerationModel

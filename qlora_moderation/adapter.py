@@ -20,9 +20,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_moderation.backbone import BackboneSpec, brief, quiet
+from qlora_moderation.backbone import BackboneSpec, quiet
 from qlora_moderation.config import TrainConfig
-from qlora_moderation.errors import CheckpointError, ConfigError
+from qlora_moderation.errors import CheckpointError, ConfigError, brief
 from qlora_moderation.memory import is_shortage
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

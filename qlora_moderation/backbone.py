@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +28,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from qlora_moderation.attention import PACKED_ATTENTION
 from qlora_moderation.batching import Layout
-from qlora_moderation.errors import CheckpointError, ConfigError
+from qlora_moderation.errors import CheckpointError, ConfigError, brief
 from qlora_moderation.memory import is_shortage
 from qlora_moderation.metadata import Quantization
 
@@ -326,9 +325,3 @@ def quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(level)
         if bars:
             transformers.utils.logging.enable_progress_bar()
-
-
-def brief(error: BaseException) -> str:
-    """Return another library's message on one line, short enough for a log."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch writes some of its errors in bold
-    return " ".join(text.split())[:240] or type(error).__name__

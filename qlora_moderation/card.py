@@ -5,7 +5,6 @@ In: metadata, thresholds, metrics. Out: the text of `README.md` beside the weigh
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -39,7 +38,7 @@ def build_card(
         embedding_rows: rows of the embedding where it had to grow for the pad token, else None.
         pad_id: id of the pad token.
     """
-    base = Path(metadata.base_model).name if Path(metadata.base_model).is_absolute() else metadata.base_model
+    base = metadata.base_name
     front = {
         "library_name": "peft" if metadata.kind == "adapter" else "transformers",
         "pipeline_tag": "text-classification",

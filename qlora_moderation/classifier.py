@@ -20,7 +20,7 @@ from qlora_moderation.adapter import ADAPTER_WEIGHTS, load_adapter, set_label_na
 from qlora_moderation.batching import Layout
 from qlora_moderation.capacity import Capacity
 from qlora_moderation.distributed import current_device, is_main
-from qlora_moderation.errors import CheckpointError
+from qlora_moderation.errors import CheckpointError, brief
 from qlora_moderation.export import write_weights
 from qlora_moderation.fused_layers import fuse_layers
 from qlora_moderation.metadata import ModelMetadata, load_metadata, read_json
@@ -203,7 +203,7 @@ def _inspect_base(directory: Path, base_model: str | None) -> bb.BackboneSpec:
     try:
         settings = PeftConfig.from_pretrained(str(directory))
     except Exception as error:  # unknown kinds, odd values
-        raise CheckpointError(f"{directory / ADAPTER_FILE}: cannot be used ({bb.brief(error)})") from None
+        raise CheckpointError(f"{directory / ADAPTER_FILE}: cannot be used ({brief(error)})") from None
     name = base_model or str(settings.base_model_name_or_path)
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise CheckpointError(f"{directory}: its base model {name} is gone; name where it lies now")

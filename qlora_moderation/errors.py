@@ -4,6 +4,7 @@ Each message says what was given, what is allowed and the edit that mends it. Th
 a traceback and exits with code 2; anything else that escapes is a fault of this library.
 """
 
+import re
 import reprlib
 import signal
 from typing import Any
@@ -15,6 +16,14 @@ _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxoth
 def show(value: Any) -> str:
     """Return a value for a message, shortened before it is written out: YAML's aliases can make it larger than memory."""
     return _SHORT.repr(value)
+
+
+def brief(error: BaseException) -> str:
+    """Return another library's message on one line: short enough for a log, without bold type and without passwords in URLs."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    text = re.sub(r"(?<=://)[^/\s@]+@", "", text)
+    return " ".join(text.split())[:240] or type(error).__name__
 
 
 class ModerationError(Exception):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from qlora_moderation.errors import CheckpointError
+from qlora_moderation.errors import CheckpointError, brief
 
 HASHES_FILE = "training_hashes.safetensors"
 
@@ -70,7 +70,7 @@ def load_hashes(directory: Path) -> TrainingHashes | None:
     try:
         return TrainingHashes(**{name: value.view(np.uint64) for name, value in load_file(path).items()})
     except Exception as error:  # safetensors' own kinds
-        raise CheckpointError(f"{path}: cannot be read ({' '.join(str(error).split())[:160]}); copy it again") from None
+        raise CheckpointError(f"{path}: cannot be read ({brief(error)}); copy it again") from None
 
 
 def _normalise(text: str) -> bytes:

@@ -64,7 +64,7 @@ def merge_adapter(config: MergeConfig, log: Callable[[str], None] = print) -> Pa
         raise ConfigError("--base dequantized: this adapter was trained on plain weights; use --base original")
     dtype = (opened.spec.config.dtype or torch.float32) if config.dtype == "auto" else getattr(torch, config.dtype)
     named = str(dtype).removeprefix("torch.")
-    log(f"merging {adapter_path} into the {base} weights of {opened.metadata.base_model}, written in {named}")
+    log(f"merging {adapter_path} into the {base} weights of {opened.spec.name}, written in {named}")
     plan: MergePlan | None = None
     try:
         plan = plan_merge(adapter_path, opened.metadata, opened.spec, opened.pad_id, dequantize)

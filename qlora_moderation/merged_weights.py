@@ -18,7 +18,7 @@ from torch import nn
 
 from qlora_moderation import backbone as bb
 from qlora_moderation.adapter import check_adapter, find_head, fit_vocabulary, read_adapter_tensors, set_label_names
-from qlora_moderation.errors import CheckpointError
+from qlora_moderation.errors import CheckpointError, brief
 from qlora_moderation.metadata import ModelMetadata
 from qlora_moderation.nf4 import RoundedWeight, pieces_of
 from qlora_moderation.tensor_files import OnlyWholeError, StoredTensor, find_tensors
@@ -206,7 +206,7 @@ def _check_whole(adapter_path: Path, spec: bb.BackboneSpec, count: int) -> None:
     try:
         network: Any = get_peft_model(bare, settings, low_cpu_mem_usage=True)
     except Exception as error:  # PEFT's own checks, and whatever odd settings make of them
-        raise CheckpointError(f"{adapter_path}: its settings do not fit its base ({bb.brief(error)})") from None
+        raise CheckpointError(f"{adapter_path}: its settings do not fit its base ({brief(error)})") from None
     check_adapter(adapter_path, set(read_adapter_tensors(adapter_path)), network)
 
 
@@ -219,7 +219,7 @@ def read_lora_settings(adapter_path: Path) -> LoraConfig:
     try:
         settings = PeftConfig.from_pretrained(str(adapter_path))
     except Exception as error:  # unknown kinds, odd values
-        raise CheckpointError(f"{adapter_path}: its adapter_config.json cannot be used ({bb.brief(error)})") from None
+        raise CheckpointError(f"{adapter_path}: its adapter_config.json cannot be used ({brief(error)})") from None
     if not isinstance(settings, LoraConfig):
         raise CheckpointError(f"{adapter_path}: is a {settings.peft_type} adapter; only LoRA adapters can be merged")
     return settings

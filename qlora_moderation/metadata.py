@@ -46,9 +46,15 @@ class ModelMetadata:
     long_text: Literal["window", "truncate"] = "window"
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def base_name(self) -> str:
+        """The base model's name on the hub, or of its directory, without the place of that on a disk."""
+        return Path(self.base_model).name if Path(self.base_model).is_absolute() else self.base_model
+
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready mapping."""
-        return {**dataclasses.asdict(self), "taxonomy": self.taxonomy.to_dict()}
+        """Return a JSON-ready mapping; only an adapter has to find its base again."""
+        base = self.base_model if self.kind == "adapter" else self.base_name
+        return {**dataclasses.asdict(self), "taxonomy": self.taxonomy.to_dict(), "base_model": base}
 
     def save(self, directory: Path) -> None:
         """Write `moderation_config.json` into `directory`."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_moderation.errors import CheckpointError, ConfigError, ModerationError
+from qlora_moderation.errors import CheckpointError, ConfigError, ModerationError, brief
 from qlora_moderation.interruption import StopSignals
 from qlora_moderation.parts import RUN_FILE, Parts
 from qlora_moderation.prediction_config import PredictConfig
@@ -192,11 +192,10 @@ def _joined_cluster(address: str | None) -> Iterator[Any]:
             runtime_env={"env_vars": {"PYTHONPATH": search}},
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
         remedy = "start one with ray start --head, or leave the option out for a Ray on this machine"
-        if "nauthenticated" in reason:
+        if "nauthenticated" in str(error):
             remedy = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the cluster's token"
-        raise ConfigError(f"--ray_address {named}: no cluster answers ({reason[:160]}); {remedy}") from None
+        raise ConfigError(f"--ray_address {named}: no cluster answers ({brief(error)}); {remedy}") from None
     try:
         yield ray
     finally:

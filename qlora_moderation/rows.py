@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qlora_moderation.errors import DataError
+from qlora_moderation.errors import DataError, brief
 
 FILE_ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
 BEAVERTAILS = "PKU-Alignment/BeaverTails"
@@ -58,10 +58,9 @@ class Source:
         try:
             return datasets.load_dataset(self.name, split=self.split, revision=self.revision)
         except Exception as error:  # datasets raises many kinds: no network, no such set, no such split, gated
-            reason = " ".join(str(error).split())[:200]
             raise DataError(
-                f"{self}: cannot be loaded from the hub ({type(error).__name__}: {reason}); check name, split and network, "
-                "or download the file and give its path"
+                f"{self}: cannot be loaded from the hub ({type(error).__name__}: {brief(error)}); check name, split and "
+                "network, or download the file and give its path"
             ) from None
 
     def fingerprint(self) -> str | None:

@@ -21,7 +21,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.utils import cached_file
 
-from qlora_moderation.errors import CheckpointError
+from qlora_moderation.errors import CheckpointError, brief
 from qlora_moderation.metadata import read_json, write_json
 
 FILE_BYTES = 2 * 10**9
@@ -161,8 +161,7 @@ def _find_in_bin(path: Path) -> dict[str, StoredTensor]:
         with FakeTensorMode():
             state = torch.load(path, weights_only=True)
     except Exception as error:  # pickle, zip and torch errors
-        reason = " ".join(str(error).split())[:160]
-        raise CheckpointError(f"{path}: is damaged, or holds more than tensors ({reason})") from None
+        raise CheckpointError(f"{path}: is damaged, or holds more than tensors ({brief(error)})") from None
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path}: holds no mapping of names to tensors; download the checkpoint again")
     size = path.stat().st_size

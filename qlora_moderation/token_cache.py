@@ -30,6 +30,7 @@ from safetensors.numpy import save_file
 
 from qlora_moderation import annotation, data, rows, taxonomy, tokenization
 from qlora_moderation.data import Pairs, aggregate_rows, check_usable, tell_renamed
+from qlora_moderation.errors import brief
 from qlora_moderation.rows import Source, parse_spec
 from qlora_moderation.token_ids import TokenIds
 from qlora_moderation.tokenization import TextEncoder
@@ -161,7 +162,7 @@ class TokenCache:
                 os.utime(path)  # the entries used last are kept
             return corpus
         except Exception as error:  # whatever a damaged file makes of the readers
-            self._log(f"cache: {path} cannot be used ({_brief(error)}); reading and tokenising the rows again")
+            self._log(f"cache: {path} cannot be used ({brief(error)}); reading and tokenising the rows again")
             return None
 
     def write(self, key: str | None, corpus: Corpus) -> None:
@@ -184,7 +185,7 @@ class TokenCache:
                 unfinished.unlink(missing_ok=True)
             self._prune()
         except (OSError, SafetensorError) as error:
-            self._log(f"cache: {self._directory} cannot be written ({_brief(error)}); going on without it")
+            self._log(f"cache: {self._directory} cannot be written ({brief(error)}); going on without it")
 
     def _prune(self) -> None:
         assert self._directory is not None
@@ -215,11 +216,6 @@ def _check_owner(path: Path) -> None:
     state = path.stat()
     if hasattr(os, "getuid") and (state.st_uid != os.getuid() or state.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
         raise PermissionError(0, f"{path.name or path} belongs to others or can be written by them")
-
-
-def _brief(error: Exception) -> str:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(reason.split())[:160] or type(error).__name__
 
 
 def _pack(corpus: Corpus) -> tuple[dict[str, np.ndarray], str]:

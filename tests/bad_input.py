@@ -56,7 +56,12 @@ class Bench:
         rows = json.loads(json.dumps(self.rows[:8]))
         if change is not None:
             change(rows[2])
-        return "".join(json.dumps(row) + "\n" for row in rows)
+        return "".join(map(self.as_line, rows))
+
+    @staticmethod
+    def as_line(row: dict[str, Any]) -> str:
+        """Return a row as a line of JSON Lines."""
+        return json.dumps(row) + "\n"
 
     def data(self, content: bytes | str | None = None, name: str = "rows.jsonl") -> Path:
         """Write rows."""
@@ -77,8 +82,12 @@ class Bench:
 
     def predict(self, data: object = None, **flags: object) -> list[str]:
         """Return the command line of a prediction."""
-        settings = {"model_path": self.adapters["lora"], "input": data or self.data()}
+        settings = {"model_path": self.adapters.get("lora"), "input": data or self.data()}
         return ["predict", *_flags(settings | {"output_dir": self.folder / "out", "use_cpu": True} | flags)]
+
+    def tune(self, model: object, data: object) -> list[str]:
+        """Return the command line of a tuning."""
+        return ["tune", *_flags({"model_path": model, "eval_dataset": data, "use_cpu": True})]
 
     def merge(self, adapter: Path | None = None, **flags: object) -> list[str]:
         """Return the command line of a merge."""
