@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""The long campaigns: the whole grid of law 1, hundreds of kills of law 6 and of predict, learning in two processes.
+"""The long campaigns: the grid of law 1, hundreds of kills of law 6 and of predict, law 2 over a thousand texts, learning.
 
-    ./scripts/stress.sh [--minutes M] [grid] [kills] [predict] [bar]
+    ./scripts/stress.sh [--minutes M] [grid] [kills] [predict] [invariance] [bar]
 
 Prints what it had no time for.
 """
@@ -109,6 +109,36 @@ def run_predict(backbone, rows, texts, folder, until):
     return skipped, False
 
 
+INVARIANCE_TEXTS = 1000
+
+
+def run_invariance(backbone, rows, texts, folder, until):
+    """Score texts in every company, layout, number of processes and program, and print the largest differences."""
+    import invariance
+    from conftest import make_config, silent
+
+    from qlora_moderation.train import train
+
+    if time.monotonic() >= until:
+        return [f"invariance: all {INVARIANCE_TEXTS} texts"], False
+    model = train(make_config(backbone, rows, folder / "invariance-model", method="full", max_steps=2), silent)
+    made = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    pairs, place = invariance.make_pairs(made, INVARIANCE_TEXTS, seed=0), folder / "invariance"
+    place.mkdir()
+    print(
+        f"\nlaw 2: {INVARIANCE_TEXTS} texts against each scored alone, fp32 (allowed: {invariance.ALLOWED:g} of a logit)"
+    )
+    print("| scored by | batches | largest difference |\n|---|---|---|")
+    skipped, failed = [], False
+    for name, batches, difference in invariance.measure(model, pairs, place, seed=0):
+        print(f"| {name} | {batches} | {difference:.1e} |", flush=True)
+        failed |= not difference <= invariance.ALLOWED
+        if time.monotonic() >= until:
+            skipped = [f"invariance: every way behind {name}"]
+            break
+    return skipped, failed
+
+
 RATES = {"lora": 3e-3, "qlora": 3e-3, "full": 1e-3}
 BAR = 0.10  # of F1, over a model that reads the answer alone
 
@@ -158,7 +188,13 @@ def run_bar(backbone, rows, texts, folder, until):
 
 def main():
     """Run the campaigns named, all without names, for so many minutes."""
-    campaigns = {"grid": run_grid, "kills": run_kills, "predict": run_predict, "bar": run_bar}
+    campaigns = {
+        "grid": run_grid,
+        "kills": run_kills,
+        "predict": run_predict,
+        "invariance": run_invariance,
+        "bar": run_bar,
+    }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=60.0, help="time for all campaigns together (default: 60)")
     parser.add_argument("names", nargs="*", metavar="CAMPAIGN", help=f"of {', '.join(campaigns)}; default: all")

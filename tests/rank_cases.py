@@ -19,7 +19,7 @@ import bench_sharding
 
 from qlora_moderation import distributed
 from qlora_moderation.assembly import build_classifier
-from qlora_moderation.classifier import Classifier
+from qlora_moderation.classifier import Classifier, load_classifier
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.distributed import is_main, processes, rank, world_size
 from qlora_moderation.errors import Interrupted, ModerationError
@@ -52,6 +52,12 @@ def learn(options: dict[str, Any]) -> list[str]:
 def predict_rows(options: dict[str, Any]) -> None:
     """Score rows."""
     predict(PredictConfig(**options), silent)
+
+
+def score_batches(model: str, batches: list[list[tuple[str, str]]]) -> list[Any]:
+    """Score batches of pairs with the ranks together; return the logits of each."""
+    classifier = load_classifier(model, use_cpu=True)
+    return [score_pairs(classifier, *map(list, zip(*batch, strict=True))).logits for batch in batches]
 
 
 def learn_until(options: dict[str, Any], step: int, number: int, by: int = 0) -> tuple[int, str]:

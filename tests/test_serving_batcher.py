@@ -186,6 +186,25 @@ def test_the_queue_is_bounded_in_tokens_too():
     drive(play, max_queue_tokens=40)
 
 
+def test_a_full_queue_tokenises_nothing_until_a_forward_has_room():
+    async def play(batcher, engine):
+        cuts, cut = [], engine.cut
+        engine.cut = lambda questions, answers: cuts.append(answers) or cut(questions, answers)
+        first = ask(batcher, "a")
+        await until(lambda: batcher._working)
+        waiting = [ask(batcher, " ".join("a" * 19)) for _ in range(2)]
+        await until(lambda: batcher.tokens == 38 * WIDTH)
+        refused = (await settle(ask(batcher, "a a a")))[0]
+        assert refused.status == 429 and len(cuts) == 4
+        refused = (await settle(ask(batcher, "a")))[0]  # would fit, but so near the brim most would not
+        assert refused.status == 429 and len(cuts) == 4
+        engine.gate.set()
+        await asyncio.gather(first, *waiting)
+        await ask(batcher, "a")
+
+    drive(play, max_queue_tokens=400)
+
+
 def test_who_has_gone_is_not_scored():
     async def play(batcher, engine):
         first = ask(batcher, "a a a a a a")

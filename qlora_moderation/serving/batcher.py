@@ -68,6 +68,7 @@ class Batcher:
         self._waiting: list[_Job] = []
         self._open: set[_Job] = set()  # queued and not answered
         self._preparing = 0
+        self._refusing = False  # the queue was full, and a forward's worth of room is not there again
         self._changed = asyncio.Event()
         self._rate = 0.0  # tokens a second
         self._working = False
@@ -108,8 +109,16 @@ class Batcher:
         Raises:
             RequestError: 429 with the seconds after which to come again.
         """
-        if self.pairs + pairs > self._config.max_queue_pairs or (self.tokens and self.tokens >= self.max_queue_tokens):
+        # near the brim each request would be tokenised in vain, at the cost of the ones that are being scored
+        self._refusing = self._refusing and self.tokens > self.max_queue_tokens - self._headroom
+        full = self._refusing or (self.tokens and self.tokens >= self.max_queue_tokens)
+        if self.pairs + pairs > self._config.max_queue_pairs or full:
             raise self._busy()
+
+    @property
+    def _headroom(self) -> int:
+        assert self.engine is not None
+        return min(self.engine.token_budget, self.max_queue_tokens // 8)
 
     def _busy(self) -> RequestError:
         wait = math.ceil(self.tokens / self._rate) if self._rate else 1
@@ -133,6 +142,7 @@ class Batcher:
                     "input", f"is {sum(lengths)} tokens in windows; at most {self.max_queue_tokens} are taken at once"
                 )
             if self.tokens and self.tokens + sum(lengths) > self.max_queue_tokens:
+                self._refusing = True
                 raise self._busy()
             logits = np.empty((len(lengths), len(engine.names)), dtype=np.float32)
             job = _Job(cut, lengths, logits, asyncio.get_running_loop().create_future(), time.monotonic())
