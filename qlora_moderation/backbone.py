@@ -74,7 +74,7 @@ def inspect_backbone(name: str, revision: str | None = None) -> BackboneSpec:
             ) from None
         if (Path(name) / "config.json").is_file():
             raise CheckpointError(f"{name}: its config.json cannot be used ({brief(error)})") from None
-        raise CheckpointError(f"{name}: is no readable model directory or hub name ({brief(error)})") from None
+        raise CheckpointError(f"{name}: is no readable model directory or hub name {_explain(name, error)}") from None
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(f"{name}: its weights are already quantised; give the unquantised base, NF4 is done here")
     if config.model_type in ENCODER_MODEL_TYPES:
@@ -94,6 +94,18 @@ def inspect_backbone(name: str, revision: str | None = None) -> BackboneSpec:
             f"nor an encoder of the kinds {', '.join(sorted(ENCODER_MODEL_TYPES))}"
         )
     return BackboneSpec(name, revision, config, "decoder")
+
+
+def _explain(name: str, error: BaseException) -> str:
+    """Return why a part of a model could not be read, and what may help: transformers hides a lost connection behind advice."""
+    cause: BaseException | None = error
+    while cause is not None and not type(cause).__module__.startswith(("httpx", "httpcore")):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
+        return f"({brief(cause)}); check the network, and give the same command again"
+    if Path(name).is_dir():
+        return f"({brief(error)}); copy the checkpoint again"
+    return f"({brief(error)}); check name and network; damaged files are downloaded anew once $HF_HOME/hub lacks them"
 
 
 def choose_layout(spec: BackboneSpec, requested: str, max_length: int, dropout: float = 0.0) -> tuple[Layout, str]:
@@ -145,7 +157,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         with quiet():
             return AutoTokenizer.from_pretrained(name, revision=revision)
     except Exception as error:  # transformers raises many kinds here
-        raise CheckpointError(f"{name}: holds no readable tokenizer ({brief(error)})") from None
+        raise CheckpointError(f"{name}: holds no readable tokenizer {_explain(name, error)}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +220,7 @@ def load_backbone(
     except Exception as error:  # safetensors, pickle, huggingface_hub and OS errors
         if is_shortage(error):
             raise
-        raise CheckpointError(f"{spec.name}: its weights cannot be loaded ({brief(error)})") from None
+        raise CheckpointError(f"{spec.name}: its weights cannot be loaded {_explain(spec.name, error)}") from None
     missing = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     allowed = (*spec.head_names, f"{model.base_model_prefix}.pooler")
     lost = [key for key in missing if not key.startswith(allowed)]

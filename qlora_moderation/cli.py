@@ -25,6 +25,7 @@ from qlora_moderation.config import (
 from qlora_moderation.errors import ConfigError, Interrupted, ModerationError
 from qlora_moderation.faults import report, report_early, report_fault, report_interrupt, report_once, report_stop
 from qlora_moderation.inputs import check_inputs
+from qlora_moderation.interruption import unwinding
 from qlora_moderation.options import build_parser, load_options, nearest
 from qlora_moderation.prediction_config import CombineConfig, PredictConfig
 from qlora_moderation.serving.config import ServeConfig
@@ -159,15 +160,16 @@ def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = Non
         return report_early(error)
     _silence_libraries()
     try:
-        return job(config) or 0
+        with unwinding():
+            return job(config) or 0
     except ModerationError as error:
         return report_once(error)
     except Interrupted as stop:
         return report_stop(stop)
-    except KeyboardInterrupt:
-        return report_interrupt(_GOES_ON.get(name, ""))
+    except KeyboardInterrupt as stop:
+        return report_interrupt(stop, _GOES_ON.get(name, ""))
     except Exception as error:
-        return report_fault(error)
+        return report_fault(error, name)
 
 
 def _silence_libraries() -> None:

@@ -10,7 +10,8 @@ import sys
 import time
 import traceback
 
-from qlora_moderation.errors import Interrupted, ModerationError, SaidByMainError
+from qlora_moderation.errors import Interrupted, ModerationError, SaidByMainError, brief
+from qlora_moderation.interruption import Terminated
 
 _LONGEST_LINE = 2000
 
@@ -57,23 +58,32 @@ def report_stop(stop: Interrupted) -> int:
     return stop.exit_code
 
 
-def report_interrupt(advice: str) -> int:
-    """Answer to Ctrl-C, once."""
+def report_interrupt(stop: KeyboardInterrupt, advice: str) -> int:
+    """Answer to Ctrl-C, or to SIGTERM, once."""
+    terminated = isinstance(stop, Terminated)
     if not _speaker():
-        print(f"interrupted{advice}", file=sys.stderr)
-    return 130
+        print(f"{'stopped by SIGTERM' if terminated else 'interrupted'}{advice}", file=sys.stderr)
+    return 143 if terminated else 130
 
 
-def report_fault(error: Exception) -> int:
+def report_fault(error: Exception, job: str) -> int:
     """Report what no message was written for: the first rank to fail with its traceback, the others in a line.
 
-    What a rank meets when another one has gone is often its consequence, whatever its type.
+    What a rank meets when another one has gone is often its consequence, whatever its type. Memory that is used up is no
+    fault of this library, and is said in a line.
 
     Raises:
         Exception: the given one, in a run of one process.
     """
     from qlora_moderation.distributed import first_to_fail, is_lost_contact
+    from qlora_moderation.memory import is_shortage
 
+    if is_shortage(error):
+        return report_once(
+            ModerationError(
+                f"{job}: ran out of memory ({brief(error)}); use a machine or a device that has more of it free"
+            )
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         raise error
     lines = traceback.format_exception(error)

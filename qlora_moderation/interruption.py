@@ -5,9 +5,33 @@ In: signals. Out: the number of the one that all ranks act on; the caller writes
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM where no `StopSignals` waits for it: the job ends here, and removes what is half-written on its way out."""
+
+
+@contextlib.contextmanager
+def unwinding() -> Iterator[None]:
+    """Let SIGTERM raise `Terminated` while the block runs, as SIGINT raises `KeyboardInterrupt`; ignored, it stays so."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    alone = threading.current_thread() is not threading.main_thread()
+    if alone or signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class StopSignals:

@@ -148,7 +148,7 @@ def describe_static_memory(model: nn.Module, optim: str) -> str:
 
 def is_shortage(error: BaseException) -> bool:
     """Say whether an error means that a device has no memory left; for the CPU torch has no kind of error of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def return_free_memory() -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""The long campaigns: the grid of law 1, hundreds of kills of law 6 and of predict, law 2 over a thousand texts, learning.
+"""The long campaigns: the grid of law 1, hundreds of kills of every job, law 2 over a thousand texts, learning.
 
-    ./scripts/stress.sh [--minutes M] [grid] [kills] [predict] [invariance] [bar]
+    ./scripts/stress.sh [--minutes M] [grid] [kills] [predict] [jobs] [invariance] [bar]
 
 Prints what it had no time for.
 """
@@ -109,6 +109,34 @@ def run_predict(backbone, rows, texts, folder, until):
     return skipped, False
 
 
+JOB_KILLS = 30
+"""For each job."""
+
+
+def run_jobs(backbone, rows, texts, folder, until):
+    """Kill merge, evaluate and tune, start them again, compare their ends with unbroken ones, and print the tally."""
+    import job_kills
+    from conftest import make_config, silent
+
+    from qlora_moderation.sample import write_sample
+    from qlora_moderation.train import train
+
+    adapter = train(make_config(backbone, rows, folder / "jobs-model", max_steps=2), silent)
+    jobs, skipped = job_kills.list_jobs(write_sample(folder / "jobs-data", seed=1)["combinations"]), []
+    print("\nmerge, evaluate, tune: SIGKILL at random instants, over nothing and over an earlier result")
+    print("| job | kills | of them while writing | runs finished |\n|---|---|---|---|")
+    for seed, (name, job) in enumerate(jobs.items()):
+        if time.monotonic() >= until:
+            skipped.append(f"jobs, {name}: all {JOB_KILLS}")
+            continue
+        end = time.monotonic() + (until - time.monotonic()) / (len(jobs) - seed)
+        tally = job_kills.campaign(job, adapter, JOB_KILLS, folder / f"jobs-{name}", seed, end)
+        print(f"| {name} | {tally.kills} | {tally.while_writing} | {tally.runs} |", flush=True)
+        if tally.kills < JOB_KILLS:
+            skipped.append(f"jobs, {name}: {JOB_KILLS - tally.kills} of {JOB_KILLS}")
+    return skipped, False
+
+
 INVARIANCE_TEXTS = 1000
 
 
@@ -192,6 +220,7 @@ def main():
         "grid": run_grid,
         "kills": run_kills,
         "predict": run_predict,
+        "jobs": run_jobs,
         "invariance": run_invariance,
         "bar": run_bar,
     }

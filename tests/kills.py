@@ -69,20 +69,9 @@ def campaign(
 
 def _kill_once(ranks: list[Any], run: Path, seconds: float, rng: random.Random, tally: Tally) -> bool:
     """Kill all ranks at a random instant, or some instant into the writing of something; say whether they were alive."""
-    writing = rng.random() < 0.5
     deadline = time.monotonic() + STARTING + rng.random() * seconds
-    if writing:
-        delay = rng.random() * 0.02
-        while time.monotonic() < deadline and ranks[0][0].is_alive():
-            if any(run.glob("**/.*.unfinished")):
-                time.sleep(delay)
-                break
-            time.sleep(0.0005)
-        else:
-            writing = False
-    else:
-        while time.monotonic() < deadline and ranks[0][0].is_alive():
-            time.sleep(0.005)
+    is_writing = (lambda: any(run.glob("**/.*.unfinished"))) if rng.random() < 0.5 else None
+    writing = wait_for_instant(ranks[0][0].is_alive, deadline, is_writing, rng.random() * 0.02)
     if not all(process.is_alive() for process, _ in ranks):
         return False
     for process, _ in rng.sample(ranks, len(ranks)):
@@ -90,6 +79,18 @@ def _kill_once(ranks: list[Any], run: Path, seconds: float, rng: random.Random, 
     tally.kills += 1
     tally.while_writing += writing
     return True
+
+
+def wait_for_instant(
+    is_alive: Callable[[], bool], deadline: float, is_writing: Callable[[], bool] | None, delay: float
+) -> bool:
+    """Wait until a deadline, or until some seconds into the writing of something; say whether that was met."""
+    while time.monotonic() < deadline and is_alive():
+        if is_writing is not None and is_writing():
+            time.sleep(delay)
+            return True
+        time.sleep(0.0005)
+    return False
 
 
 def check_checkpoints(run: Path) -> None:

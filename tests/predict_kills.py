@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import rank_cases
-from kills import STARTING, Tally
+from kills import STARTING, Tally, wait_for_instant
 from ranks import collect, start_ranks
 
 from qlora_moderation.combine import combine
@@ -79,16 +79,16 @@ def _start(setting: str, options: dict[str, Any]) -> list[list[Any]]:
 
 def _kill_some(ranks: list[Any], run: Path, seconds: float, rng: random.Random, tally: Tally) -> bool:
     """Kill all processes, or one of them first, at a random instant; say whether one was alive."""
-    writing = rng.random() < 0.5
     deadline = time.monotonic() + STARTING + rng.random() * seconds
-    delay = rng.random() * 0.003
-    while time.monotonic() < deadline and any(process.is_alive() for process, _ in ranks):
-        if writing and time.monotonic() > deadline - seconds / 2 and any(run.glob("parts/*/.[0-9o]*")):
-            time.sleep(delay)
-            break
-        time.sleep(0.0003)
-    else:
-        writing = False
+
+    def is_writing() -> bool:
+        return time.monotonic() > deadline - seconds / 2 and any(run.glob("parts/*/.[0-9o]*"))
+
+    def is_alive() -> bool:
+        return any(process.is_alive() for process, _ in ranks)
+
+    chosen = is_writing if rng.random() < 0.5 else None
+    writing = wait_for_instant(is_alive, deadline, chosen, rng.random() * 0.003)
     alive = [process for process, _ in ranks if process.is_alive()]
     for process in rng.sample(alive, len(alive)):
         process.kill()

@@ -20,16 +20,19 @@ import bench_sharding
 from qlora_moderation import distributed
 from qlora_moderation.assembly import build_classifier
 from qlora_moderation.classifier import Classifier, load_classifier
-from qlora_moderation.config import TrainConfig
+from qlora_moderation.config import EvaluateConfig, MergeConfig, TrainConfig, TuneConfig
 from qlora_moderation.distributed import is_main, processes, rank, world_size
 from qlora_moderation.errors import Interrupted, ModerationError
+from qlora_moderation.evaluate import evaluate
 from qlora_moderation.faults import report_fault
 from qlora_moderation.loop import Loop
+from qlora_moderation.merge import merge_adapter
 from qlora_moderation.predict import predict
 from qlora_moderation.prediction_config import PredictConfig
 from qlora_moderation.scoring import score_pairs
 from qlora_moderation.taxonomy import Taxonomy
 from qlora_moderation.train import train
+from qlora_moderation.tune import tune_model
 
 
 def silent(_: str) -> None:
@@ -52,6 +55,21 @@ def learn(options: dict[str, Any]) -> list[str]:
 def predict_rows(options: dict[str, Any]) -> None:
     """Score rows."""
     predict(PredictConfig(**options), silent)
+
+
+def merge_model(options: dict[str, Any]) -> None:
+    """Merge an adapter."""
+    merge_adapter(MergeConfig(**options), silent)
+
+
+def evaluate_model(options: dict[str, Any]) -> None:
+    """Evaluate a model."""
+    evaluate(EvaluateConfig(**options), silent)
+
+
+def tune_thresholds(options: dict[str, Any]) -> None:
+    """Tune the thresholds of a model."""
+    tune_model(TuneConfig(**options), silent)
 
 
 def score_batches(model: str, batches: list[list[tuple[str, str]]]) -> list[Any]:
@@ -246,10 +264,10 @@ def report_odd_faults() -> str:
     heard = io.StringIO()
     with contextlib.redirect_stderr(heard):
         if rank() == 1:
-            report_fault(ValueError("rank 1 has lost its mind"))
+            report_fault(ValueError("rank 1 has lost its mind"), "train")
         dist.barrier()
         if rank() == 0:
-            report_fault(KeyError("a buffer"))
+            report_fault(KeyError("a buffer"), "train")
     return heard.getvalue().strip()
 
 
