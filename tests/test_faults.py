@@ -35,6 +35,14 @@ def test_a_killed_job_leaves_whole_files_and_ends_as_ever(name, runs, new_rows, 
     assert tally.kills == 1 and tally.runs >= 1
 
 
+def test_what_a_kill_left_beside_a_result_is_cleared_away(bench, new_rows):
+    left = bench.folder / ".out.unfinished"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half of it")
+    assert main(list_commands(bench, new_rows)["merge"]) == 0
+    assert not left.exists() and not (bench.folder / "out" / ".out.unfinished").exists()
+
+
 @contextlib.contextmanager
 def full_disk(room: int):
     """Let no file of this process grow beyond some bytes, as a quota would."""

@@ -182,6 +182,9 @@ def test_padding_cannot_hide_a_sentence(harmful_first, moderation):
     ]
     assert len(windows) > 500 and holds
     own = score_windows(classifier, holds[:1], None, None)[0]
+    every = score_windows(classifier, windows, None, None)
     scores = score_pairs(classifier, ["How?"], [answer])
+    assert scores.logits[0] == pytest.approx(every.max(axis=0), abs=1e-5)
+    assert not np.allclose(every[0], every.max(axis=0), atol=1e-3)  # the first window alone would say something else
     assert np.isfinite(scores.logits).all() and (scores.logits[0] >= own - 1e-5).all()
     assert scores.windows[0] == len(windows) == len(cut_windows(classifier, ["How?"], [answer]).windows)
