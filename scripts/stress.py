@@ -46,33 +46,53 @@ def run_grid(backbone, rows, texts, folder, until):
     return skipped, failed
 
 
+def kill_again_and_again(what, columns, campaigns, until):
+    """Run campaigns of kills, each for its share of the time that is left, and print what they did.
+
+    Args:
+        what: name of them all, for what there was no time for.
+        columns: heads of the columns before the tally.
+        campaigns: (cells of these columns, kills, function of kills, seed and end that returns a `kills.Tally`).
+        until: `time.monotonic()` at the end.
+    """
+    skipped = []
+    print(f"| {' | '.join(columns)} | kills | of them while writing | runs finished |\n|{'---|' * (len(columns) + 3)}")
+    for seed, (cells, kills, campaign) in enumerate(campaigns):
+        name = f"{what}, {' '.join(cells)}"
+        if time.monotonic() >= until:
+            skipped.append(f"{name}: all {kills}")
+            continue
+        end = time.monotonic() + (until - time.monotonic()) / (len(campaigns) - seed)
+        tally = campaign(kills, seed, end)
+        print(f"| {' | '.join(cells)} | {tally.kills} | {tally.while_writing} | {tally.runs} |", flush=True)
+        if tally.kills < kills:
+            skipped.append(f"{name}: {kills - tally.kills} of {kills}")
+    return skipped, False
+
+
 def run_kills(backbone, rows, texts, folder, until):
     """Kill runs, compare their ends with unbroken ones, and print the tally."""
     import grid
     import kills
 
-    skipped = []
-    print(
-        "\nlaw 6: SIGKILL to all processes; every end bit-identical with an unbroken run's, every checkpoint readable"
-    )
-    print("| method | processes | kills | of them while writing | runs finished |\n|---|---|---|---|---|")
-    for seed, (method, processes, number) in enumerate(CAMPAIGNS):
-        if time.monotonic() >= until:
-            skipped.append(f"kills {method} on {processes}: all {number}")
-            continue
+    def plan(method, processes):
         more = {"method": method, "max_steps": 16, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
         more |= {"eval_strategy": "steps", "eval_steps": 3, "max_tokens_per_micro_batch": 256}
         more |= {"sharding": ("none", "fsdp")[processes - 1], "lora_dropout": 0.0 if method == "full" else 0.1}
-        place = folder / f"kills-{seed}"
 
-        def settings(run, processes=processes, more=more):
+        def settings(run):
             return grid.options(backbone, rows, run, processes, **more)
 
-        tally = kills.campaign(settings, processes, number, place, seed, until)
-        print(f"| {method} | {processes} | {tally.kills} | {tally.while_writing} | {tally.runs} |", flush=True)
-        if tally.kills < number:
-            skipped.append(f"kills {method} on {processes}: {number - tally.kills} of {number}")
-    return skipped, False
+        def campaign(number, seed, end):
+            return kills.campaign(settings, processes, number, folder / f"kills-{seed}", seed, end)
+
+        return campaign
+
+    print(
+        "\nlaw 6: SIGKILL to all processes; every end bit-identical with an unbroken run's, every checkpoint readable"
+    )
+    campaigns = [((method, str(count)), number, plan(method, count)) for method, count, number in CAMPAIGNS]
+    return kill_again_and_again("kills", ("method", "processes"), campaigns, until)
 
 
 PREDICT_KILLS = 60
@@ -90,23 +110,17 @@ def run_predict(backbone, rows, texts, folder, until):
     made = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
     inputs = predict_kills.write_inputs(made, folder / "predict-inputs")
     options = {"model_path": str(model), "input": (str(inputs),), "block_size": 8, "use_cpu": True}
-    skipped = []
+
+    def plan(setting):
+        return lambda number, seed, end: predict_kills.campaign(
+            setting, options, number, folder / f"predict-{seed}", seed, end
+        )
+
     print(
         "\npredict: SIGKILL at random instants; every output byte for byte that of an unbroken run, nothing left over"
     )
-    print("| run as | kills | of them while writing | runs finished |\n|---|---|---|---|")
-    for seed, setting in enumerate(predict_kills.SETTINGS):
-        if time.monotonic() >= until:
-            skipped.append(f"predict, {setting}: all {PREDICT_KILLS}")
-            continue
-        # each way may use its share of what is left
-        end = time.monotonic() + (until - time.monotonic()) / (len(predict_kills.SETTINGS) - seed)
-        place = folder / f"predict-{seed}"
-        tally = predict_kills.campaign(setting, options, PREDICT_KILLS, place, seed, end)
-        print(f"| {setting} | {tally.kills} | {tally.while_writing} | {tally.runs} |", flush=True)
-        if tally.kills < PREDICT_KILLS:
-            skipped.append(f"predict, {setting}: {PREDICT_KILLS - tally.kills} of {PREDICT_KILLS}")
-    return skipped, False
+    campaigns = [((setting,), PREDICT_KILLS, plan(setting)) for setting in predict_kills.SETTINGS]
+    return kill_again_and_again("predict", ("run as",), campaigns, until)
 
 
 JOB_KILLS = 30
@@ -122,19 +136,15 @@ def run_jobs(backbone, rows, texts, folder, until):
     from qlora_moderation.train import train
 
     adapter = train(make_config(backbone, rows, folder / "jobs-model", max_steps=2), silent)
-    jobs, skipped = job_kills.list_jobs(write_sample(folder / "jobs-data", seed=1)["combinations"]), []
+    jobs = job_kills.list_jobs(write_sample(folder / "jobs-data", seed=1)["combinations"])
+
+    def plan(name):
+        return lambda number, seed, end: job_kills.campaign(
+            jobs[name], adapter, number, folder / f"jobs-{name}", seed, end
+        )
+
     print("\nmerge, evaluate, tune: SIGKILL at random instants, over nothing and over an earlier result")
-    print("| job | kills | of them while writing | runs finished |\n|---|---|---|---|")
-    for seed, (name, job) in enumerate(jobs.items()):
-        if time.monotonic() >= until:
-            skipped.append(f"jobs, {name}: all {JOB_KILLS}")
-            continue
-        end = time.monotonic() + (until - time.monotonic()) / (len(jobs) - seed)
-        tally = job_kills.campaign(job, adapter, JOB_KILLS, folder / f"jobs-{name}", seed, end)
-        print(f"| {name} | {tally.kills} | {tally.while_writing} | {tally.runs} |", flush=True)
-        if tally.kills < JOB_KILLS:
-            skipped.append(f"jobs, {name}: {JOB_KILLS - tally.kills} of {JOB_KILLS}")
-    return skipped, False
+    return kill_again_and_again("jobs", ("job",), [((name,), JOB_KILLS, plan(name)) for name in jobs], until)
 
 
 INVARIANCE_TEXTS = 1000

@@ -7,12 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bad_configuration
+import bad_data
+import bad_devices
+import bad_models
+import bad_run_directories
 import pytest
-from bad_input import CASES, Bench
+from workbench import CASES, Bench
 
 from qlora_moderation.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
+PARTS = (bad_configuration, bad_data, bad_models, bad_run_directories, bad_devices)  # each enters its cases
 _LOCKS = (".lock", ".writer-1-of-1")
 
 
@@ -28,6 +34,11 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not path.is_symlink() and path.name not in _LOCKS
     }
+
+
+def test_every_part_has_its_cases():
+    assert {case.part for case in CASES.values()} == {module.__name__[4:].replace("_", " ") for module in PARTS}
+    assert len(CASES) >= 100
 
 
 @pytest.mark.parametrize("name", CASES)

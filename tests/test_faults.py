@@ -15,9 +15,9 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from bad_input import Bench
 from fake_hub import Hub
 from job_kills import campaign, list_jobs, read_files
+from workbench import Bench
 
 from qlora_moderation.cli import main
 from qlora_moderation.sample import write_sample

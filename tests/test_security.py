@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from bad_input import Bench
+from workbench import Bench
 
 from qlora_moderation.cli import main
 
