@@ -23,11 +23,12 @@ from qlora_moderation.serving.answers import add_openai_names, build_answer
 from qlora_moderation.serving.faults import RequestError, describe_place
 from qlora_moderation.serving.page import SAFE_HEADERS, load_page
 from qlora_moderation.serving.requests import read_pairs
+from qlora_moderation.serving.schema import build_schema
 from qlora_moderation.serving.service import Service
 
 T = TypeVar("T")
 _log = logging.getLogger("qlora_moderation.serving")
-_ROUTES = ("/", "/v1/moderations", "/v1/models", "/healthz", "/readyz", "/metrics")
+_ROUTES = ("/", "/v1/moderations", "/v1/models", "/healthz", "/readyz", "/metrics", "/openapi.json")
 _GONE = 499  # nobody reads it; it stands in log and metrics for a client that went before its answer
 
 
@@ -54,6 +55,10 @@ def build_app(service: Service) -> FastAPI:
     @app.api_route("/readyz", methods=["GET", "HEAD"])
     async def tell_readiness() -> Response:
         return _state(service.state == "ready" and service.is_alive, "ready", service.state)
+
+    @app.get("/openapi.json")
+    async def show_schema() -> Response:
+        return _json(build_schema(service.config))
 
     @app.get("/metrics")
     async def show_metrics(request: Request) -> Response:

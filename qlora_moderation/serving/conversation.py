@@ -11,7 +11,9 @@ from typing import Any
 
 from qlora_moderation.serving.faults import invalid
 
-_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+"""Types of the parts of a content that hold text."""
 
 
 def find_last_turn(messages: Any) -> tuple[str, str]:
@@ -49,8 +51,8 @@ def _read_message(index: int, message: Any) -> tuple[str | None, str]:
     if not isinstance(message, Mapping):
         raise invalid(place, "must be an object with role and content")
     role = message.get("role")
-    if role not in _ROLES:
-        raise invalid(f"{place}.role", f"must be one of {', '.join(_ROLES)}")
+    if role not in ROLES:
+        raise invalid(f"{place}.role", f"must be one of {', '.join(ROLES)}")
     if role not in ("user", "assistant"):
         return None, ""
     content = message.get("content")
@@ -75,7 +77,7 @@ def read_content(content: Any, place: str) -> str:
 def _read_part(part: Any, place: str) -> str:
     if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
         raise invalid(place, "must be an object with type and text")
-    if part["type"] not in ("text", "input_text", "output_text", "refusal"):
+    if part["type"] not in TEXT_PARTS:
         raise invalid(f"{place}.type", "only text can be judged; this classifier reads no images, audio or files")
     text = part.get("refusal" if part["type"] == "refusal" else "text")
     if not isinstance(text, str):
