@@ -15,7 +15,17 @@ _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxoth
 
 def show(value: Any) -> str:
     """Return a value for a message, shortened before it is written out: YAML's aliases can make it larger than memory."""
-    return _SHORT.repr(value)
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python writes no number of thousands of digits
+        return "a number of thousands of digits"
+
+
+def printable(text: str) -> str:
+    """Return a text as one line that a terminal can show, with escapes for line ends, controls and lone surrogates."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def brief(error: BaseException) -> str:
@@ -27,7 +37,10 @@ def brief(error: BaseException) -> str:
 
 
 class ModerationError(Exception):
-    """Base of all errors that name a place and a remedy."""
+    """Base of all errors that name a place and a remedy; each line of a message is printable, whatever it quotes."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__("\n".join(map(printable, message.split("\n"))))
 
 
 class ConfigError(ModerationError):

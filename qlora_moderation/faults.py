@@ -19,15 +19,15 @@ _LONGEST_LINE = 2000
 def report(error: ModerationError) -> int:
     """Print what can be mended and return 2."""
     if not isinstance(error, SaidByMainError):
-        print("\n".join(f"{_speaker()}error: {_escape(line)}" for line in str(error).split("\n")), file=sys.stderr)
+        print("\n".join(f"{_speaker()}error: {_shorten(line)}" for line in str(error).split("\n")), file=sys.stderr)
     return 2
 
 
-def _escape(line: str) -> str:
-    """Return a line that a terminal can show, whatever names and values from outside it holds: short, and without controls."""
+def _shorten(line: str) -> str:
+    """Return a line short enough for a terminal, whatever names and values from outside it holds."""
     if len(line) > _LONGEST_LINE:
-        line = f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 2 :]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
+        return f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 2 :]}"
+    return line
 
 
 def report_early(error: ModerationError) -> int:

@@ -16,12 +16,13 @@ from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
-from qlora_moderation.errors import ConfigError, show
+from qlora_moderation.errors import ConfigError, printable, show
 from qlora_moderation.strict_yaml import read_yaml
 
 T = TypeVar("T")
 _TRUE = {"true", "yes", "on", "1"}
 _FALSE = {"false", "no", "off", "0"}
+_LARGEST = 2**64 - 1
 
 
 def option(default: Any = dataclasses.MISSING, help: str = "", **checks: Any) -> Any:
@@ -92,17 +93,20 @@ def _convert(value: Any, annotation: Any, whole: bool = False) -> Any:
         if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
             raise ValueError("expected a whole number")
         try:
-            return int(value)
+            number = int(value)
         except (TypeError, ValueError):
             raise ValueError("expected a whole number") from None
+        if not -_LARGEST <= number <= _LARGEST:
+            raise ValueError("expected a whole number of at most 64 bits")
+        return number
     if annotation is float:
         try:
-            number = float("nan") if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
-            number = float("nan")
-        if not abs(number) < float("inf"):
+            real = float("nan") if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            real = float("nan")
+        if not abs(real) < float("inf"):
             raise ValueError("expected a finite number")
-        return number
+        return real
     if not isinstance(value, str | int | float) or isinstance(value, bool):
         raise ValueError("expected text")
     return str(value)
@@ -120,11 +124,17 @@ def _check_bounds(value: Any, checks: typing.Mapping[str, Any]) -> str | None:
     return None
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise ConfigError(f"{message}; see --help")
+
+
 def build_parser(cls: type, description: str, prog: str | None = None) -> argparse.ArgumentParser:
     """Return an argument parser with one flag for each field of `cls`, and `--config`."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    parser = _Parser(
+        prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False
     )
+    parser.add_argument("--help", action="help", help="show this text (also -h)")
     parser.add_argument(
         "--config", metavar="YAML", nargs="?", const=_BARE, help="file of `key: value` lines; flags win"
     )
@@ -160,7 +170,8 @@ def load_options(cls: type[T], parser: argparse.ArgumentParser, argv: Sequence[s
     hints = typing.get_type_hints(cls)
     faults: list[str] = []
 
-    parsed, unknown = parser.parse_known_args(list(argv))
+    # argparse takes every -hX for -h with a value, as if -host asked for help
+    parsed, unknown = parser.parse_known_args(["--help" if word == "-h" else word for word in argv])
     flags = vars(parsed)
     for name in unknown:
         if name.startswith("--"):
@@ -213,7 +224,7 @@ def load_options(cls: type[T], parser: argparse.ArgumentParser, argv: Sequence[s
         faults = getattr(config, "find_faults", list)()
         if not faults:
             return config
-    raise ConfigError("\n".join(faults))
+    raise ConfigError("\n".join(map(printable, faults)))
 
 
 def dump_options(config: Any) -> str:

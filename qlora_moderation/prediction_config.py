@@ -59,7 +59,7 @@ class PredictConfig:
             faults.append("--input: needs at least one file, directory, glob or hub/name:split")
         if self.prompt_column == self.response_column:
             faults.append(f"--prompt_column and --response_column are both {self.prompt_column}; name two columns")
-        if self.shard is not None and not re.fullmatch(r"[1-9]\d{0,5}/[1-9]\d{0,5}", self.shard):
+        if self.shard is not None and not re.fullmatch(r"[1-9][0-9]{0,5}/[1-9][0-9]{0,5}", self.shard):
             faults.append(f"--shard {self.shard}: expected i/n, as 1/8 for the first of eight")
         elif not 0 <= self.share[0] < self.share[1]:
             faults.append(

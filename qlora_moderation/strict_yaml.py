@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from qlora_moderation.errors import ConfigError
+from qlora_moderation.errors import ConfigError, brief
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -38,8 +38,9 @@ def read_yaml(path: str | Path, flag: str) -> dict[str, Any]:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except OSError as error:
         raise ConfigError(f"{flag} {path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{flag} {path}: is not valid YAML ({' '.join(str(error).split())})") from None
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError, AttributeError, LookupError) as error:
+        # where a tag and its value do not fit, as in `!!timestamp soon`, PyYAML raises whatever it meets
+        raise ConfigError(f"{flag} {path}: is not valid YAML ({brief(error)})") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -53,18 +53,21 @@ class Taxonomy:
 
     def __post_init__(self) -> None:
         faults = []
-        if not self.categories or not all(isinstance(name, str) and name for name in self.categories):
+        names = [name for name in self.categories if isinstance(name, str) and name and _is_text(name)]
+        if not names or len(names) < len(self.categories):
             faults.append("categories must be a list of non-empty names")
         elif len(set(self.categories)) != len(self.categories):
             repeated = sorted({name for name in self.categories if self.categories.count(name) > 1})
             faults.append(f"categories repeat {', '.join(repeated)}; each name may stand once")
-        reserved = sorted(RESERVED_NAMES.intersection(self.categories))
+        reserved = sorted(RESERVED_NAMES.intersection(names))
         if reserved:
             faults.append(f"categories hold {', '.join(reserved)}, which names a metric over all categories; rename it")
         question, answer = (self.template.find(slot) for slot in ("{question}", "{answer}"))
         counts = [self.template.count(slot) for slot in ("{question}", "{answer}")]
         if counts != [1, 1] or question > answer:
             faults.append("template must hold {question} and then {answer}, each exactly once")
+        if not _is_text(self.template):
+            faults.append("template holds a lone surrogate, which is no character")
         if self.labels_from not in ("category", "is_safe"):
             faults.append(f"labels_from is {self.labels_from!r}; allowed: category, is_safe")
         elif self.labels_from == "is_safe" and len(self.categories) != 1:
@@ -112,6 +115,10 @@ class Taxonomy:
             return cls(**values)
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from None
+
+
+def _is_text(value: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def load_taxonomy(path: str | Path | None) -> Taxonomy:
