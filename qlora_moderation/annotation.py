@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qlora_moderation.errors import show
+from qlora_moderation.errors import printable, show
 from qlora_moderation.taxonomy import Taxonomy
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -40,7 +40,7 @@ class BadRow(Exception):
     """Why a row cannot be used; texts that a user wrote are shown short and printable."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(reason.encode("utf-8", "backslashreplace").decode())
+        super().__init__(printable(reason))
 
 
 def read_annotation(row: dict[str, Any], taxonomy: Taxonomy, place: str) -> Annotation:

@@ -158,6 +158,8 @@ def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = Non
         check_inputs(config)
     except ModerationError as error:
         return report_early(error)
+    except OSError as error:
+        return report_fault(error, name)
     _silence_libraries()
     try:
         with unwinding():

@@ -5,6 +5,7 @@ In: an exception. Out: lines on standard error, and the exit code.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -14,6 +15,7 @@ from qlora_moderation.errors import Interrupted, ModerationError, SaidByMainErro
 from qlora_moderation.interruption import Terminated
 
 _LONGEST_LINE = 2000
+_REFUSALS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EROFS)
 
 
 def report(error: ModerationError) -> int:
@@ -66,11 +68,18 @@ def report_interrupt(stop: KeyboardInterrupt, advice: str) -> int:
     return 143 if terminated else 130
 
 
+def describe_refusal(error: OSError) -> ModerationError | None:
+    """Return what to say of a path that the system does not take, as one with a name that is too long; None: it is another error."""
+    if error.errno not in _REFUSALS or error.filename is None:
+        return None
+    return ModerationError(f"{error.filename}: cannot be used ({error.strerror}); give another path")
+
+
 def report_fault(error: Exception, job: str) -> int:
     """Report what no message was written for: the first rank to fail with its traceback, the others in a line.
 
-    What a rank meets when another one has gone is often its consequence, whatever its type. Memory that is used up is no
-    fault of this library, and is said in a line.
+    What a rank meets when another one has gone is often its consequence, whatever its type. Memory that is used up, or a path
+    that the system refuses, is no fault of this library, and is said in a line.
 
     Raises:
         Exception: the given one, in a run of one process.
@@ -84,6 +93,8 @@ def report_fault(error: Exception, job: str) -> int:
                 f"{job}: ran out of memory ({brief(error)}); use a machine or a device that has more of it free"
             )
         )
+    if isinstance(error, OSError) and (refusal := describe_refusal(error)):
+        return report_once(refusal)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         raise error
     lines = traceback.format_exception(error)

@@ -15,9 +15,10 @@ import functools
 import hashlib
 import json
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qlora_moderation.errors import DataError, brief
 
@@ -31,6 +32,8 @@ _PACKED = {
     "zip": rb"PK\x03\x04",
 }
 """What packs files, and what the first bytes of such a file match."""
+_NO_PYTHON_VALUE = (ValueError, OverflowError, LookupError, TypeError, NotImplementedError)
+"""What Arrow raises at a value that Python has not: text that is no UTF-8, the year 300000, a time zone nobody knows."""
 _ORIGINAL_SPLITS = {"train": "30k_train", "test": "30k_test"}
 
 
@@ -84,22 +87,32 @@ def parse_spec(spec: str) -> list[Source]:
     Raises:
         DataError: a file that does not exist, or a hub name without a split.
     """
-    if Path(spec).is_file():
+    if find_kind(Path(spec)) == "file":
         return [_parse_source(spec)]
     return [_parse_source(part.strip()) for part in spec.split("+")]
 
 
+def find_kind(path: Path) -> Literal["file", "directory", "other"] | None:
+    """Return what stands at a path; None: nothing, or the system takes it for no path, as one of several names joined."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return None
+    return "file" if stat.S_ISREG(mode) else "directory" if stat.S_ISDIR(mode) else "other"
+
+
 def _parse_source(part: str) -> Source:
     path = Path(part)
+    kind = find_kind(path)
     if path.suffix.lower() in FILE_ENDINGS:
-        if not path.is_file():
-            raise DataError(f"{part}: {'is a directory' if path.is_dir() else 'no such file'}; give the path of a file")
+        if kind != "file":
+            raise DataError(f"{part}: {'is a directory' if kind == 'directory' else 'no such file'}; give the path of a file")
         return Source(part)
-    if path.is_file():
+    if kind == "file":
         with contextlib.suppress(OSError):
             refuse_packed(path)
     match = re.fullmatch(r"(?P<name>[\w.-]+(?:/[\w.-]+)?):(?P<split>[^@\s]+)(?:@(?P<revision>\S+))?", part)
-    if match is None or path.exists():
+    if match is None or kind is not None:
         raise DataError(
             f"{part or '(nothing)'}: is neither a file ending in {', '.join(FILE_ENDINGS)} nor `hub/name:split[@revision]`, "
             f"for example {BEAVERTAILS}:330k_train"
@@ -275,13 +288,15 @@ def batch_rows(batch: Any) -> list[dict[str, Any] | str]:
     """Return the rows of an Arrow table or batch; where one cannot be read, the reason stands for it."""
     try:
         return batch.to_pylist()
-    except UnicodeDecodeError:
+    except _NO_PYTHON_VALUE:
         rows: list[dict[str, Any] | str] = []
         for index in range(batch.num_rows):
             try:
                 rows += batch.slice(index, 1).to_pylist()
             except UnicodeDecodeError:
                 rows.append("is not valid UTF-8")
+            except _NO_PYTHON_VALUE as error:
+                rows.append(f"cannot be read ({brief(error)})")
         return rows
 
 

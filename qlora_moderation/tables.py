@@ -11,9 +11,9 @@ from pathlib import Path, PurePosixPath
 
 from qlora_moderation.blocks import Table
 from qlora_moderation.csv_tables import Csv
-from qlora_moderation.errors import DataError
+from qlora_moderation.errors import DataError, brief
 from qlora_moderation.json_tables import JsonArray, JsonLines
-from qlora_moderation.rows import FILE_ENDINGS, Source, parse_spec, refuse_packed, unreadable
+from qlora_moderation.rows import FILE_ENDINGS, Source, find_kind, parse_spec, refuse_packed, unreadable
 
 RESERVED = ("parts", "summary.json", "summary.png")
 """What an output directory holds beside the outputs."""
@@ -47,15 +47,19 @@ def find_sources(specs: Sequence[str], output_dir: str | None = None) -> dict[st
 
 def _expand(spec: str, output_dir: str | None) -> Iterator[tuple[str, Source]]:
     path = Path(spec)
-    if path.is_dir():
+    kind = find_kind(path)
+    if kind == "directory":
         if output_dir is not None and path.resolve() in Path(output_dir).resolve().parents:
             raise DataError(f"--output_dir {output_dir}: lies inside --input {spec}, and would be read the next time")
         files = [file for file in sorted(path.rglob("*")) if _is_table(file.relative_to(path)) and file.is_file()]
         if not files:
             raise DataError(f"--input {spec}: holds no file ending in {', '.join(FILE_ENDINGS)}")
         yield from ((file.relative_to(path).as_posix(), Source(str(file))) for file in files)
-    elif not path.exists() and _is_glob(spec):
-        matches = sorted(set(Path(path.anchor).glob(str(path.relative_to(path.anchor)))))
+    elif kind is None and _is_glob(spec):
+        try:
+            matches = sorted(set(Path(path.anchor).glob(str(path.relative_to(path.anchor)))))
+        except ValueError as error:
+            raise DataError(f"--input {spec}: is no pattern that can be looked for ({brief(error)})") from None
         files = [match for match in matches if match.is_file() and _is_table(Path(match.name))]
         if not files:
             raise DataError(f"--input {spec}: matches no file ending in {', '.join(FILE_ENDINGS)}")
