@@ -52,8 +52,8 @@ def build_schema(config: ServeConfig) -> dict[str, Any]:
     moderate["requestBody"] = {"required": True, "content": {"application/json": {"schema": request}}}
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     state = {"get": _operation("Say how it is", "State"), "head": _operation("Say how it is")}
-    for each in (*state.values(),):
-        each["responses"]["503"] = {"description": "not well, or not ready", **_content("State", each is state["get"])}
+    for method, answer in (("get", "State"), ("head", None)):
+        state[method]["responses"]["503"] = {"description": "not well, or not ready", **_content(answer)}
     return {
         "openapi": "3.1.0",
         "info": {
@@ -111,17 +111,19 @@ def _describe_answers() -> dict[str, Any]:
 
 
 def _operation(summary: str, answer: str | None = None, *refusals: int) -> dict[str, Any]:
-    responses = {"200": {"description": "the answer", **_content(answer, answer is not None)}}
+    responses = {"200": {"description": "the answer", **_content(answer)}}
     for status in refusals:
-        responses[str(status)] = {"description": _REFUSALS[status], **_content("Error", True)}
+        responses[str(status)] = {"description": _REFUSALS[status], **_content("Error")}
     found: dict[str, Any] = {"summary": summary, "responses": responses}
     if 401 in refusals:
         found["security"] = [{}, {"key": []}]  # without keys the server asks for none
     return found
 
 
-def _content(answer: str | None, has_body: bool) -> dict[str, Any]:
-    return {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{answer}"}}}} if has_body else {}
+def _content(answer: str | None) -> dict[str, Any]:
+    if answer is None:
+        return {}
+    return {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{answer}"}}}}
 
 
 def _text(config: ServeConfig) -> dict[str, Any]:
