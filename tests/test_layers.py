@@ -36,7 +36,7 @@ LAYERS = """
     workload row_check parts proportions summary combine block_scoring local_engine ray_engine predict
     quickstart
     serving serving.config serving.faults serving.conversation serving.requests serving.keys serving.bodies
-    serving.instruments serving.rule serving.engine serving.planning serving.batcher serving.answers serving.page
+    serving.instruments serving.rule serving.engine serving.planning serving.batcher serving.answers serving.page serving.schema
     serving.service serving.app serving.server
     inputs faults completion cli
 """
