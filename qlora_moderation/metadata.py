@@ -11,9 +11,9 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, get_args, get_origin, get_type_hints
 
-from qlora_moderation.errors import CheckpointError, ConfigError
+from qlora_moderation.errors import CheckpointError, ConfigError, show
 from qlora_moderation.taxonomy import Taxonomy
 
 METADATA_FILE = "moderation_config.json"
@@ -74,11 +74,34 @@ def load_metadata(directory: Path) -> ModelMetadata | None:
     try:
         quantization = values.pop("quantization")
         taxonomy = Taxonomy.from_dict(values.pop("taxonomy"), source=str(path))
-        return ModelMetadata(
+        found = ModelMetadata(
             taxonomy=taxonomy, quantization=Quantization(**quantization) if quantization else None, **values
         )
-    except (ConfigError, KeyError, TypeError, AttributeError) as error:
+        _check_types(found)
+        return found
+    except (ConfigError, KeyError, TypeError, AttributeError, UnicodeEncodeError) as error:
         raise CheckpointError(f"{path}: is not readable as model metadata ({error}); copy it again") from None
+
+
+def _check_types(found: ModelMetadata) -> None:
+    """Refuse, before a model is loaded, what would fail after it.
+
+    Raises:
+        TypeError: a value is of another kind than its field.
+        UnicodeEncodeError: a text is none.
+    """
+    fields: list[tuple[Any, str, Any]] = [(found, name, hint) for name, hint in get_type_hints(type(found)).items()]
+    if found.quantization is not None:
+        fields += [(found.quantization, name, hint) for name, hint in get_type_hints(Quantization).items()]
+    for owner, name, hint in fields:
+        value = getattr(owner, name)
+        if get_origin(hint) is Literal:
+            fits = value in get_args(hint)
+        else:
+            fits = isinstance(value, get_origin(hint) if get_origin(hint) is dict else hint)
+        if not fits or (hint is int and (isinstance(value, bool) or value < 1)):
+            raise TypeError(f"{name} is {show(value)}")
+    json.dumps(found.to_dict(), ensure_ascii=False).encode()
 
 
 def read_json(path: Path) -> Any:
@@ -91,7 +114,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not valid JSON ({error}); copy it again") from None
 
 

@@ -217,9 +217,12 @@ def _first(offsets: Sequence[tuple[int, int]], holds: Callable[[int, int], bool]
 
 
 def _stretches(ids: list[int], size: int) -> list[list[int]]:
-    """Cut ids into stretches of `size` that overlap by a quarter; the last one ends with the last id."""
+    """Cut ids into stretches of `size` that overlap by a quarter; the last one ends with the last id.
+
+    They overlap by three tokens at least, where they have four: a character of four tokens then lies in one of them whole.
+    """
     if len(ids) <= size:
         return [ids]
-    step = max(1, size - size // 4)
+    step = max(1, size - max(size // 4, 3))
     starts = [*range(0, len(ids) - size, step), len(ids) - size]
     return [ids[start : start + size] for start in starts]
