@@ -106,7 +106,9 @@ def _parse_source(part: str) -> Source:
     kind = find_kind(path)
     if path.suffix.lower() in FILE_ENDINGS:
         if kind != "file":
-            raise DataError(f"{part}: {'is a directory' if kind == 'directory' else 'no such file'}; give the path of a file")
+            raise DataError(
+                f"{part}: {'is a directory' if kind == 'directory' else 'no such file'}; give the path of a file"
+            )
         return Source(part)
     if kind == "file":
         with contextlib.suppress(OSError):

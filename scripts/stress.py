@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""The long campaigns: the grid of law 1, hundreds of kills of every job, law 2 over a thousand texts, learning.
+"""The long campaigns: the grid of law 1, hundreds of kills of every job, law 2 over a thousand texts, drawn input, learning.
 
-    ./scripts/stress.sh [--minutes M] [grid] [kills] [predict] [jobs] [invariance] [bar]
+    ./scripts/stress.sh [--minutes M] [grid] [kills] [predict] [jobs] [invariance] [fuzz] [bar]
 
 Prints what it had no time for.
 """
@@ -177,6 +177,20 @@ def run_invariance(backbone, rows, texts, folder, until):
     return skipped, failed
 
 
+def run_fuzz(backbone, rows, texts, folder, until):
+    """Draw input for every property, seed after seed until the time is over, and print what failed."""
+    import fuzz
+
+    told = []
+    print("\ndrawn input: whatever it is, what is documented comes out, or a fault that names a place")
+    print("| property | examples | failures |\n|---|---|---|")
+    for name, tried, faults in fuzz.run_campaign(fuzz.list_properties(), until):
+        print(f"| {name} | {tried:,} | {len(faults)} |", flush=True)
+        told += [f"{name}, {fault}" for fault in faults]
+    print("\n".join(["", *told]))
+    return [], bool(told)
+
+
 RATES = {"lora": 3e-3, "qlora": 3e-3, "full": 1e-3}
 BAR = 0.10  # of F1, over a model that reads the answer alone
 
@@ -232,6 +246,7 @@ def main():
         "predict": run_predict,
         "jobs": run_jobs,
         "invariance": run_invariance,
+        "fuzz": run_fuzz,
         "bar": run_bar,
     }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

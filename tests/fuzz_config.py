@@ -32,10 +32,44 @@ CONFIGS = [
     for name, value in vars(module).items()
     if name.endswith("Config")
 ] + [AuditConfig, ServeConfig]
-ODD = ["", "0", "-1", "1e5", "nan", "inf", "none", "yes", "off", "1/2", "f1", "~", "\0", "a\nb", "\x1b[1m", "\ud800", "é"]
+ODD = [
+    "",
+    "0",
+    "-1",
+    "1e5",
+    "nan",
+    "inf",
+    "none",
+    "yes",
+    "off",
+    "1/2",
+    "f1",
+    "~",
+    "\0",
+    "a\nb",
+    "\x1b[1m",
+    "\ud800",
+    "é",
+]
 ODD += ["--", "-", "=", "٣", "0x" + "f" * 5000, "9" * 400, "1_000", "1:30", "<<", "*", "a" * 5000, "true"]
 TAGS = ["!!map", "!!seq", "!!str", "!!int", "!!float", "!!bool", "!!null", "!!timestamp", "!!binary", "!!set", "!!omap"]
-TAGS += ["!!pairs", "!!python/name:os.system", "!own", "&a", "*a", "<<:", "- ", "? ", "{", "}", "[", "]", ",", ": ", "|\n"]
+TAGS += [
+    "!!pairs",
+    "!!python/name:os.system",
+    "!own",
+    "&a",
+    "*a",
+    "<<:",
+    "- ",
+    "? ",
+    "{",
+    "}",
+    "[",
+    "]",
+    ",",
+    ": ",
+    "|\n",
+]
 
 
 @functools.cache
@@ -91,7 +125,9 @@ def drawn_configs(draw: st.DrawFn) -> tuple[type, str, list[str]]:
     names = [field.name for field in dataclasses.fields(config_class)]
     required = [field.name for field in dataclasses.fields(config_class) if field.metadata["required"]]
     keys = st.sampled_from(names) | st.sampled_from(ODD) | st.text(max_size=8)
-    values = {key: draw(VALUES | _fitting(config_class, key) if key in names else VALUES) for key in draw(st.sets(keys))}
+    values = {
+        key: draw(VALUES | _fitting(config_class, key) if key in names else VALUES) for key in draw(st.sets(keys))
+    }
     if draw(st.booleans()):
         values = {**{name: "x" for name in required}, **values}
     flags: list[str] = []
@@ -170,7 +206,9 @@ TAXONOMIES = st.fixed_dictionaries(
 )
 PARSERS = {"--fail_if": Rule.parse, "--objective": Objective.parse}
 RULES = st.lists(
-    st.sampled_from(["flagged/f1", "<", ">", ">=", "<=", " ", "recall", "fpr", "f1", "-0.01", "1e400", ".5", "٣", "\n", "."])
+    st.sampled_from(
+        ["flagged/f1", "<", ">", ">=", "<=", " ", "recall", "fpr", "f1", "-0.01", "1e400", ".5", "٣", "\n", "."]
+    )
     | st.text(max_size=3),
     max_size=5,
 ).map("".join)

@@ -86,7 +86,9 @@ def check_thresholds(value: Any) -> None:
         return
     with np.errstate(over="ignore"):
         judged = found.judge(np.array([[0.0, 1.0], [0.5, 0.5]]))
-        assert ((judged.probabilities >= 0) & (judged.probabilities <= 1)).all() and ((judged.risk >= 0) & (judged.risk <= 1)).all()
+        assert ((judged.probabilities >= 0) & (judged.probabilities <= 1)).all() and (
+            (judged.risk >= 0) & (judged.risk <= 1)
+        ).all()
     rule = Rule.of(found, TAXONOMY)
     assert json.dumps(rule.shown, allow_nan=False).encode()
     found.save(folder(), TAXONOMY)

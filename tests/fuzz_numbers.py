@@ -88,7 +88,9 @@ def _expected(truth: np.ndarray, decided: np.ndarray, score: np.ndarray, weight:
             "precision": precision,
             "recall": recall if truth.any() else math.nan,
             "f1": f1,
-            "false_positive_rate": weight[decided & ~truth].sum() / weight[~truth].sum() if not truth.all() else math.nan,
+            "false_positive_rate": weight[decided & ~truth].sum() / weight[~truth].sum()
+            if not truth.all()
+            else math.nan,
             "flagged_proportion": weight[decided].sum() / weight.sum(),
             "cohen_kappa": kappa,
             "auroc": sk.roc_auc_score(truth, score, sample_weight=weight) if both else math.nan,
@@ -101,7 +103,11 @@ def _expected(truth: np.ndarray, decided: np.ndarray, score: np.ndarray, weight:
 def _check_close(found: dict[str, Any], wanted: dict[str, float]) -> None:
     for name, value in wanted.items():
         one = math.nan if found[name] is None else float(found[name])
-        assert math.isnan(value) == math.isnan(one) and (math.isnan(one) or abs(one - value) <= CLOSE), (name, one, value)
+        assert math.isnan(value) == math.isnan(one) and (math.isnan(one) or abs(one - value) <= CLOSE), (
+            name,
+            one,
+            value,
+        )
 
 
 def check_metrics(rows: list[tuple[bool, bool, float, int]]) -> None:
@@ -114,7 +120,9 @@ def check_metrics(rows: list[tuple[bool, bool, float, int]]) -> None:
         _check_close({name: values[b] for name, values in found.items()}, _expected(truth, decided, score, weights))
     plain = _expected(truth, decided, score, np.ones(len(truth)))
     agreed = compute_agreement(truth, decided)
-    _check_close({**agreed, "accuracy": agreed["agreement"]}, {name: plain[name] for name in ("accuracy", "f1", "cohen_kappa")})
+    _check_close(
+        {**agreed, "accuracy": agreed["agreement"]}, {name: plain[name] for name in ("accuracy", "f1", "cohen_kappa")}
+    )
     binary = compute_binary_metrics(truth, decided, score)
     _check_close(binary, {name: value for name, value in plain.items() if name in binary})
     assert binary["support"] == truth.sum()

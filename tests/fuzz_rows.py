@@ -54,12 +54,28 @@ GOOD_ROWS = st.builds(
 )
 ODD_ROWS = st.one_of(
     JSON_VALUES,
-    st.dictionaries(st.sampled_from(["prompt", "response", "category", "is_safe", "model", "flagged", "error"]), JSON_VALUES),
+    st.dictionaries(
+        st.sampled_from(["prompt", "response", "category", "is_safe", "model", "flagged", "error"]), JSON_VALUES
+    ),
     st.builds(lambda row, key, value: {**row, key: value}, GOOD_ROWS, TEXTS | st.just("is_safe"), JSON_VALUES),
 )
 ROWS = st.lists(GOOD_ROWS, max_size=8) | st.lists(GOOD_ROWS | ODD_ROWS, max_size=5)
 ENDINGS = st.sampled_from(["json", "jsonl", "csv"])
-PIECES = ['{"prompt": "a", "response": "b"}', "[", "]", "{", "}", '"', ",", ":", "\n", "\r", "\\", "prompt,response", "\0"]
+PIECES = [
+    '{"prompt": "a", "response": "b"}',
+    "[",
+    "]",
+    "{",
+    "}",
+    '"',
+    ",",
+    ":",
+    "\n",
+    "\r",
+    "\\",
+    "prompt,response",
+    "\0",
+]
 PIECES += ["prompt", "1", "null", "NaN", "\ufeff", "is_safe", "true", "\u2028", "\x85", "\x1f", "'", " "]
 RAW_FILES = st.one_of(
     st.binary(max_size=24),
@@ -166,7 +182,9 @@ def _judge(block: Block) -> Verdicts:
     count = len(block.rows)
     risk = np.arange(count) / max(1, count)
     table = np.stack([risk, risk / 2], axis=1).reshape(-1, 2)
-    return Verdicts(TAXONOMY.categories, [*bad.values()], risk > 0.5, risk, table, table > 0.4, risk.astype(int) + 1, risk > 2)
+    return Verdicts(
+        TAXONOMY.categories, [*bad.values()], risk > 0.5, risk, table, table > 0.4, risk.astype(int) + 1, risk > 2
+    )
 
 
 def check_carried(source: Source, wanted: list[Any] | None = None) -> Path | None:
@@ -181,7 +199,9 @@ def check_carried(source: Source, wanted: list[Any] | None = None) -> Path | Non
             table = open_table(source, "new_")
             survey = table.survey(block_size)
             check_columns(str(source), survey, [("prompt_column", "prompt")], "new_")
-            blocks = list(table.read(survey, block_size, range(count_blocks(survey.rows, block_size)), ["prompt", "response"]))
+            blocks = list(
+                table.read(survey, block_size, range(count_blocks(survey.rows, block_size)), ["prompt", "response"])
+            )
             for block in blocks:
                 check_new_columns(block, "new_")
         except DataError as error:
@@ -201,7 +221,11 @@ def check_carried(source: Source, wanted: list[Any] | None = None) -> Path | Non
         _compare(rows, before, errors, table.format)
         if wanted is not None and not isinstance(survey.first, type(None)):
             assert len(before) == len(wanted)
-            assert all(_same(_as_json(row), _as_json(one)) for one, row in zip(wanted, before, strict=True) if isinstance(row, dict))
+            assert all(
+                _same(_as_json(row), _as_json(one))
+                for one, row in zip(wanted, before, strict=True)
+                if isinstance(row, dict)
+            )
     return path
 
 
@@ -234,7 +258,9 @@ ARRAYS = st.one_of(
     _arrow(pa.large_string(), _UTF8),
     _arrow(pa.string_view(), _UTF8),
     _arrow(pa.binary(), st.binary(max_size=4)),
-    _arrow(pa.binary(), st.binary(max_size=4)).map(lambda array: pa.Array.from_buffers(pa.string(), 3, array.buffers())),
+    _arrow(pa.binary(), st.binary(max_size=4)).map(
+        lambda array: pa.Array.from_buffers(pa.string(), 3, array.buffers())
+    ),
     _arrow(pa.bool_(), st.booleans()),
     _arrow(pa.int64(), _INTEGERS),
     _arrow(pa.float32(), st.floats(width=32, allow_nan=False)),
@@ -247,13 +273,17 @@ ARRAYS = st.one_of(
     _arrow(pa.time64("us"), st.integers(0, 86_399_999_999)),
     _arrow(pa.decimal128(5, 2), st.decimals(-999, 999, places=2)),
     _arrow(pa.list_(pa.int8()), st.lists(st.integers(0, 9), max_size=2)),
-    _arrow(pa.map_(pa.string(), pa.bool_()), st.dictionaries(_UTF8, st.booleans(), max_size=2).map(lambda d: [*d.items()])),
+    _arrow(
+        pa.map_(pa.string(), pa.bool_()), st.dictionaries(_UTF8, st.booleans(), max_size=2).map(lambda d: [*d.items()])
+    ),
     _arrow(pa.struct([("a", pa.bool_()), ("b,c", pa.bool_())]), _CATEGORY),
     _arrow(pa.struct([("a", pa.bool_()), ("a", pa.bool_())]), st.just((True, False))),
     _arrow(pa.dictionary(pa.int8(), pa.string()), _UTF8),
     _arrow(pa.null(), st.none()),
 )
-NAMES = st.sampled_from(["prompt", "response", "category", "is_safe", "model", "flagged", "doc", "new_error", "", "a\nb", "é"])
+NAMES = st.sampled_from(
+    ["prompt", "response", "category", "is_safe", "model", "flagged", "doc", "new_error", "", "a\nb", "é"]
+)
 
 
 def check_parquet(draw: list[tuple[str, pa.Array]]) -> None:
@@ -268,7 +298,9 @@ def check_parquet(draw: list[tuple[str, pa.Array]]) -> None:
 
 
 SPECS = st.lists(
-    st.sampled_from(["a/b", ":", "train", "@", "+", "x.jsonl", "drawn.csv", " ", "*", "**", "[", "]", "?", "a" * 300, "a" * 5000])
+    st.sampled_from(
+        ["a/b", ":", "train", "@", "+", "x.jsonl", "drawn.csv", " ", "*", "**", "[", "]", "?", "a" * 300, "a" * 5000]
+    )
     | st.text(max_size=4),
     max_size=6,
 ).map(lambda parts: "".join(parts).replace("/..", "").lstrip("/."))
@@ -288,7 +320,9 @@ def check_spec(spec: str) -> None:
 
 
 PROPERTIES = {
-    "any bytes as a file": Property(st.tuples(RAW_FILES, st.sampled_from(["json", "jsonl", "csv", "parquet"])), check_file, weight=2),
+    "any bytes as a file": Property(
+        st.tuples(RAW_FILES, st.sampled_from(["json", "jsonl", "csv", "parquet"])), check_file, weight=2
+    ),
     "any values as rows": Property(st.tuples(ROWS, ENDINGS, st.booleans()), check_rows, weight=2),
     "votes": Property(st.tuples(st.lists(GOOD_ROWS, max_size=10), st.sampled_from(["json", "jsonl"])), check_votes),
     "columns of Parquet": Property(st.lists(st.tuples(NAMES, ARRAYS), max_size=5), check_parquet),

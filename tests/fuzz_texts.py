@@ -21,7 +21,12 @@ from qlora_moderation.taxonomy import Taxonomy
 from qlora_moderation.tokenization import TextEncoder
 
 KINDS = ("sentencepiece-like", "byte-level")
-TEMPLATES = (Taxonomy().template, "#{question}{answer}", "Q: {question}\nA: {answer}\nIs it harmful?", "a{question}b{answer}c")
+TEMPLATES = (
+    Taxonomy().template,
+    "#{question}{answer}",
+    "Q: {question}\nA: {answer}\nIs it harmful?",
+    "a{question}b{answer}c",
+)
 UNCUT = 10**6
 
 
@@ -57,7 +62,9 @@ _TOKENS = [token for family in CONTROL_TOKENS.values() for token in family]
 _PIECES = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
     st.sampled_from(_TOKENS),
-    st.sampled_from(["</", "s>", "<", ">", "|", "{question}", "{answer}", "USER:", " ASSISTANT:", "\n", "▁", "Ġ", "  "]),
+    st.sampled_from(
+        ["</", "s>", "<", ">", "|", "{question}", "{answer}", "USER:", " ASSISTANT:", "\n", "▁", "Ġ", "  "]
+    ),
     st.sampled_from(["word ", "how ", "\u0301", "👩‍👩‍👧", "ﷺ", "\0", "\u202e", "ß", "한", "\U000e0041"]),
     st.sampled_from(list_texts()),
 )

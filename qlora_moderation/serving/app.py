@@ -40,9 +40,11 @@ def build_app(service: Service) -> FastAPI:
         async with service.running():
             yield
 
-    # the documentation pages of FastAPI load scripts from elsewhere, and a redirect would repeat the query
+    # the documentation pages of FastAPI load scripts from elsewhere, and a redirect would repeat the query; its schema would
+    # say nothing of bodies, which it does not read here
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     page, page_headers = load_page()
+    schema = build_schema(service.config)
 
     @app.api_route("/", methods=["GET", "HEAD"])
     async def show_page() -> Response:
@@ -58,7 +60,7 @@ def build_app(service: Service) -> FastAPI:
 
     @app.get("/openapi.json")
     async def show_schema() -> Response:
-        return _json(build_schema(service.config))
+        return _json(schema)
 
     @app.get("/metrics")
     async def show_metrics(request: Request) -> Response:

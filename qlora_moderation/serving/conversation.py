@@ -13,7 +13,6 @@ from qlora_moderation.serving.faults import invalid
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
-"""Types of the parts of a content that hold text."""
 
 
 def find_last_turn(messages: Any) -> tuple[str, str]:
@@ -57,7 +56,7 @@ def _read_message(index: int, message: Any) -> tuple[str | None, str]:
         return None, ""
     content = message.get("content")
     if content is None and role == "assistant":  # it called a tool, or refused in a field of its own
-        content = message.get("refusal") or ""
+        content = "" if message.get("refusal") is None else message["refusal"]
     return role, read_content(content, f"{place}.content")
 
 
