@@ -69,7 +69,7 @@ def report_interrupt(stop: KeyboardInterrupt, advice: str) -> int:
 
 
 def describe_refusal(error: OSError) -> ModerationError | None:
-    """Return what to say of a path that the system does not take, as one with a name that is too long; None: it is another error."""
+    """Return what to say of a path that the system does not take, or None where it is another error."""
     if error.errno not in _REFUSALS or error.filename is None:
         return None
     return ModerationError(f"{error.filename}: cannot be used ({error.strerror}); give another path")

@@ -58,7 +58,7 @@ def _expand(spec: str, output_dir: str | None) -> Iterator[tuple[str, Source]]:
     elif kind is None and _is_glob(spec):
         try:
             matches = sorted(set(Path(path.anchor).glob(str(path.relative_to(path.anchor)))))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise DataError(f"--input {spec}: is no pattern that can be looked for ({brief(error)})") from None
         files = [match for match in matches if match.is_file() and _is_table(Path(match.name))]
         if not files:

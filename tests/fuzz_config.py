@@ -114,7 +114,7 @@ VALUES = st.recursive(
 def _fitting(config_class: type, name: str) -> st.SearchStrategy[Any]:
     """Return values that the field may take, more often than chance would."""
     field = next(field for field in dataclasses.fields(config_class) if field.name == name)
-    words = re.findall(r"[\w/.]+", str(field.type)) + ["true", "1", "0.5", "x.jsonl", "f1", "1/8"]
+    words = [*re.findall(r"[\w/.]+", str(field.type)), "true", "1", "0.5", "x.jsonl", "f1", "1/8"]
     return st.sampled_from([*words, *get_args(field.type), field.default])
 
 
@@ -129,7 +129,7 @@ def drawn_configs(draw: st.DrawFn) -> tuple[type, str, list[str]]:
         key: draw(VALUES | _fitting(config_class, key) if key in names else VALUES) for key in draw(st.sets(keys))
     }
     if draw(st.booleans()):
-        values = {**{name: "x" for name in required}, **values}
+        values = {**dict.fromkeys(required, "x"), **values}
     flags: list[str] = []
     for _ in range(draw(st.integers(0, 4))):
         key = draw(keys)

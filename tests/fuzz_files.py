@@ -25,7 +25,7 @@ JSON_VALUES = st.recursive(
     max_leaves=5,
 )
 _FIT = {
-    **{key: 1 for key in ("pairs", "prompts", "objective", "min_positives")},
+    **dict.fromkeys(("pairs", "prompts", "objective", "min_positives"), 1),
     "categories": {name: {"threshold_from": "own"} for name in TAXONOMY.categories},
     "flagged": {"threshold_from": "own"},
 }

@@ -45,7 +45,7 @@ GOOD_ROWS = st.builds(
         "is_safe": not any(category.values()),
         **more,
     },
-    st.sampled_from(["", "p", "q\r\n", '"'] + ["é,"]),
+    st.sampled_from(["", "p", "q\r\n", '"', "é,"]),
     st.sampled_from(["", "r", "s"]),
     _CATEGORY,
     st.fixed_dictionaries(
@@ -221,11 +221,8 @@ def check_carried(source: Source, wanted: list[Any] | None = None) -> Path | Non
         _compare(rows, before, errors, table.format)
         if wanted is not None and not isinstance(survey.first, type(None)):
             assert len(before) == len(wanted)
-            assert all(
-                _same(_as_json(row), _as_json(one))
-                for one, row in zip(wanted, before, strict=True)
-                if isinstance(row, dict)
-            )
+            read = [(one, row) for one, row in zip(wanted, before, strict=True) if isinstance(row, dict)]
+            assert all(_same(_as_json(row), _as_json(one)) for one, row in read)
     return path
 
 

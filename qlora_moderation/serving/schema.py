@@ -1,7 +1,7 @@
 """What the server takes and answers, as an OpenAPI document for programs that make clients or tests.
 
-In: a configuration, for its limits. Out: the JSON of `/openapi.json`. What is refused beyond it is said by 422: lengths of texts
-in parts, lone surrogates, chats that do not end with the assistant.
+In: a configuration, for its limits. Out: the JSON of `/openapi.json`. What a schema cannot say is refused with 422: lengths of
+texts in several parts, lone surrogates, chats that do not end with the assistant.
 """
 
 from __future__ import annotations
@@ -141,7 +141,12 @@ def _describe_request(config: ServeConfig) -> dict[str, Schema]:
 
 def _describe_answers() -> dict[str, Schema]:
     text, share, count = {"type": "string"}, {"type": "number", "minimum": 0, "maximum": 1}, {"type": "integer"}
-    thresholds = {"version": text, "rule": {"enum": ["max", "calibrated"]}, "flagged": share, "categories": _map(share)}
+    thresholds: dict[str, Schema] = {
+        "version": text,
+        "rule": {"enum": ["max", "calibrated"]},
+        "flagged": share,
+        "categories": _map(share),
+    }
     result = {
         "flagged": {"type": "boolean"},
         "categories": _map({"type": "boolean"}),
@@ -153,7 +158,7 @@ def _describe_answers() -> dict[str, Schema]:
         "context_used": {"enum": list(CONTEXTS)},
     }
     model = {"id": text, "object": {"const": "model"}, "created": count, "owned_by": text}
-    error = {"message": text, "type": text, "param": {"type": ["string", "null"]}, "code": text}
+    error: dict[str, Schema] = {"message": text, "type": text, "param": {"type": ["string", "null"]}, "code": text}
     results = {"type": "array", "minItems": 1, "items": _object(result)}
     return {
         "Moderation": _object({"id": text, "model": text, "results": results, "thresholds": _object(thresholds)}),
