@@ -10,6 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # two threads gain nothing on models so small, and wait for each other beside any load
 
 import pytest
 import torch
@@ -34,7 +37,7 @@ from qlora_moderation.sample import build_sample
 from qlora_moderation.taxonomy import Taxonomy
 from qlora_moderation.train import train
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 _cache_home = tempfile.TemporaryDirectory(prefix="qlora-moderation-tests-")  # removed when the session ends
 os.environ["XDG_CACHE_HOME"] = _cache_home.name  # no test leaves rows in the user's own cache
 
