@@ -70,6 +70,27 @@ def a_start_over_that_goes_on(bench):
     return bench.train(overwrite_output_dir=True, resume="out/checkpoints/step-000001")
 
 
+@case("unexpected argument '-max_steps'; every option is a flag, see --help")
+def a_flag_with_one_dash(bench):
+    return [*bench.train(), "-max_steps", "1"]
+
+
+@case("unexpected argument '-host'; every option is a flag, see --help")
+def a_flag_with_one_dash_that_begins_like_help(bench):
+    return ["serve", "--model_path", str(bench.folder), "-host", "localhost"]
+
+
+@case("a: cannot be used (File name too long); give another path")
+def a_model_whose_name_is_too_long(bench):
+    return bench.evaluate(model="a" * 300)
+
+
+@case("--api_key_file {folder}/\\x00: cannot be read (embedded null byte)")
+def a_file_of_keys_that_no_system_has(bench):
+    path = bench.write("serve.yaml", f'model_path: {bench.folder}\napi_key_file: "{bench.folder}/\\0"\n')
+    return ["serve", "--config", str(path)]
+
+
 @case("--config {folder}/run.yaml: is not valid YAML (key lora_r stands twice)")
 def a_key_that_stands_twice(bench):
     return bench.config("lora_r: 8\nseed: 1\nlora_r: 16")

@@ -237,12 +237,22 @@ def check_shard(text: str) -> None:
         assert 0 <= number < every and re.fullmatch(r"[0-9]+/[0-9]+", text)
 
 
+_KNOWN_CONFIGS = (
+    (ServeConfig, "{}\n", ["-host"]),
+    (config_module.TrainConfig, f"learning_rate: {'9' * 400}\n", []),
+    (config_module.TrainConfig, f"lora_r: 0x{'f' * 5000}\n", []),
+    (config_module.ReportConfig, '"a\\nb": 1\n', []),
+)
+_KNOWN_YAML = ("!!map [1]", "!!timestamp soon", "!!bool maybe", "!!int ''", "categories: [{a: 1}]")
 PROPERTIES = {
-    "configuration": Property(drawn_configs(), check_config, weight=2),
-    "YAML": Property(YAML_TEXTS, check_yaml),
-    "taxonomy": Property(TAXONOMIES | VALUES, check_taxonomy),
+    "configuration": Property(drawn_configs(), check_config, _KNOWN_CONFIGS, weight=2),
+    "YAML": Property(YAML_TEXTS, check_yaml, _KNOWN_YAML),
+    "taxonomy": Property(TAXONOMIES | VALUES, check_taxonomy, ({"categories": ["\ud800"]}, {"categories": [["a"]]})),
     "rules and objectives": Property(st.tuples(st.sampled_from([*PARSERS]), RULES), check_rule, weight=0.5),
     "shard": Property(
-        st.text("0123456789/ ٣\n", max_size=6) | st.from_regex(r"\d{1,7}/\d{1,7}"), check_shard, weight=0.5
+        st.text("0123456789/ ٣\n", max_size=6) | st.from_regex(r"\d{1,7}/\d{1,7}"),
+        check_shard,
+        ("1/1\u1a80",),
+        weight=0.5,
     ),
 }

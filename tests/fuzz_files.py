@@ -115,7 +115,14 @@ def check_metadata(value: Any) -> None:
 
 
 _BYTES = st.binary(max_size=8) | st.sampled_from([b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000])
+_KNOWN_METADATA = (
+    b"[" * 100_000,
+    *(
+        {**GOOD_METADATA[0], name: value}
+        for name, value in (("max_length", 0), ("method", 0), ("base_model", "\ud800"))
+    ),
+)
 PROPERTIES = {
     "thresholds": Property(damaged(GOOD_THRESHOLDS) | JSON_VALUES | _BYTES, check_thresholds),
-    "metadata": Property(damaged(GOOD_METADATA) | JSON_VALUES | _BYTES, check_metadata),
+    "metadata": Property(damaged(GOOD_METADATA) | JSON_VALUES | _BYTES, check_metadata, _KNOWN_METADATA),
 }

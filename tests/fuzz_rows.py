@@ -316,12 +316,24 @@ def check_spec(spec: str) -> None:
         check_told(error)
 
 
+_GOOD = {"prompt": "", "response": "", "category": {"a": False, "b,c": False}, "is_safe": True}
+_TWICE = pa.array([None, None, (True, False)], type=pa.struct([("a", pa.bool_()), ("a", pa.bool_())]))
+_FAR = pa.array([None, 2**62, 0], type=pa.timestamp("us"))
+_LONG = "a" * 300
+_ANY_ENDING = st.sampled_from(["json", "jsonl", "csv", "parquet"])
 PROPERTIES = {
     "any bytes as a file": Property(
-        st.tuples(RAW_FILES, st.sampled_from(["json", "jsonl", "csv", "parquet"])), check_file, weight=2
+        st.tuples(RAW_FILES, _ANY_ENDING), check_file, ((b"PK\x03\x04", "json"),), weight=2
     ),
-    "any values as rows": Property(st.tuples(ROWS, ENDINGS, st.booleans()), check_rows, weight=2),
+    "any values as rows": Property(
+        st.tuples(ROWS, ENDINGS, st.booleans()),
+        check_rows,
+        (([None, {**_GOOD, "\U00018cd6\n": None}], "csv", False),),
+        weight=2,
+    ),
     "votes": Property(st.tuples(st.lists(GOOD_ROWS, max_size=10), st.sampled_from(["json", "jsonl"])), check_votes),
-    "columns of Parquet": Property(st.lists(st.tuples(NAMES, ARRAYS), max_size=5), check_parquet),
-    "data specs": Property(SPECS, check_spec, weight=0.5),
+    "columns of Parquet": Property(
+        st.lists(st.tuples(NAMES, ARRAYS), max_size=5), check_parquet, ([("prompt", _TWICE)], [("prompt", _FAR)])
+    ),
+    "data specs": Property(SPECS, check_spec, (_LONG, "+".join([_LONG] * 20), "a/b**", f"{_LONG}/b*"), weight=0.5),
 }

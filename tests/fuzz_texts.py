@@ -130,6 +130,7 @@ PROPERTIES = {
             st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3),
         ),
         check_text,
+        (("sentencepiece-like", TEMPLATES[3], 8, [("\x80\U00010000", "0000")]),),
         weight=2,
     )
 }

@@ -204,7 +204,15 @@ def test_keys_guard_what_is_worth_guarding(served, monkeypatch):
     key = "a-key-that-is-long-enough"
     monkeypatch.setenv("MODERATION_API_KEY", key)
     keys = load_keys(ServeConfig(model_path=str(served)))
-    routes = {"/": 200, "/healthz": 200, "/readyz": 200, "/metrics": 401, "/v1/models": 401, "/v1/models/tiny": 401}
+    routes = {
+        "/": 200,
+        "/healthz": 200,
+        "/readyz": 200,
+        "/openapi.json": 200,
+        "/metrics": 401,
+        "/v1/models": 401,
+        "/v1/models/tiny": 401,
+    }
 
     async def script(client, service):
         assert {route: (await client.get(route)).status_code for route in routes} == routes

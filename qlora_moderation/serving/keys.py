@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from qlora_moderation.errors import ConfigError
+from qlora_moderation.errors import ConfigError, brief
 from qlora_moderation.serving.config import ServeConfig
 
 KEY_VARIABLE = "MODERATION_API_KEY"
@@ -50,8 +50,8 @@ def load_keys(config: ServeConfig, environment: Mapping[str, str] | None = None)
         place = f"--api_key_file {config.api_key_file}"
         try:
             lines = Path(config.api_key_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        except (OSError, ValueError) as error:
+            reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else brief(error)
             raise ConfigError(f"{place}: cannot be read ({reason})") from None
         keys = [(i, line.strip()) for i, line in enumerate(lines, 1) if line.strip() and not line.startswith("#")]
         if not keys:
