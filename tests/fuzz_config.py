@@ -240,10 +240,10 @@ def check_shard(text: str) -> None:
 _KNOWN_CONFIGS = (
     (ServeConfig, "{}\n", ["-host"]),
     (config_module.TrainConfig, f"learning_rate: {'9' * 400}\n", []),
-    (config_module.TrainConfig, f"lora_r: 0x{'f' * 5000}\n", []),
+    (config_module.BackboneConfig, f"vocab_size: 0x{'f' * 5000}0\n", ["--train_data_name_or_path=x", "--output_dir=x"]),
     (config_module.ReportConfig, '"a\\nb": 1\n', []),
 )
-_KNOWN_YAML = ("!!map [1]", "!!timestamp soon", "!!bool maybe", "!!int ''", "categories: [{a: 1}]")
+_KNOWN_YAML = ("!!map [1]", "!!timestamp soon", "!!bool maybe", "!!int ''", "categories: [{a: 1}]", '"a\\x01": 1')
 PROPERTIES = {
     "configuration": Property(drawn_configs(), check_config, _KNOWN_CONFIGS, weight=2),
     "YAML": Property(YAML_TEXTS, check_yaml, _KNOWN_YAML),

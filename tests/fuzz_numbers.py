@@ -165,7 +165,9 @@ _VOTED = st.tuples(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1,
 
 PROPERTIES = {
     "micro-batches": Property(
-        st.tuples(LENGTHS, st.integers(1, 600), st.sampled_from(["packed", "padded"]), st.integers(1, 9)), check_batches
+        st.tuples(LENGTHS, st.integers(1, 600), st.sampled_from(["packed", "padded"]), st.integers(1, 9)),
+        check_batches,
+        (([3, 3, 3], 5, "packed", 1),),
     ),
     "epochs": Property(
         st.tuples(st.integers(1, 200), st.integers(1, 50), st.integers(), st.integers(0, 9)), check_epochs, weight=0.5
@@ -177,6 +179,7 @@ PROPERTIES = {
             st.integers(1, 8),
         ),
         check_plan,
+        (([([1], 0)] * 3, 100, 2),),
         weight=0.5,
     ),
     "metrics": Property(ROWS, check_metrics),
