@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import math
 import re
 import tempfile
 from pathlib import Path
@@ -224,7 +225,7 @@ def check_rule(draw: tuple[str, str]) -> None:
         check_told(error)
         return
     if isinstance(found, Rule):
-        assert Rule.parse(str(found)) == found
+        assert Rule.parse(str(found)) == found and math.isfinite(found.bound)
     else:
         assert 0 <= found.bound <= 1
 
@@ -239,6 +240,7 @@ def check_shard(text: str) -> None:
 
 _KNOWN_CONFIGS = (
     (ServeConfig, "{}\n", ["-host"]),
+    (ServeConfig, f"model_path: {'a' * 300}\n", []),
     (config_module.TrainConfig, f"learning_rate: {'9' * 400}\n", []),
     (config_module.BackboneConfig, f"vocab_size: 0x{'f' * 5000}0\n", ["--train_data_name_or_path=x", "--output_dir=x"]),
     (config_module.ReportConfig, '"a\\nb": 1\n', []),
@@ -248,7 +250,9 @@ PROPERTIES = {
     "configuration": Property(drawn_configs(), check_config, _KNOWN_CONFIGS, weight=2),
     "YAML": Property(YAML_TEXTS, check_yaml, _KNOWN_YAML),
     "taxonomy": Property(TAXONOMIES | VALUES, check_taxonomy, ({"categories": ["\ud800"]}, {"categories": [["a"]]})),
-    "rules and objectives": Property(st.tuples(st.sampled_from([*PARSERS]), RULES), check_rule, weight=0.5),
+    "rules and objectives": Property(
+        st.tuples(st.sampled_from([*PARSERS]), RULES), check_rule, (("--fail_if", "f1 < 1e400"),), weight=0.5
+    ),
     "shard": Property(
         st.text("0123456789/ ٣\n", max_size=6) | st.from_regex(r"\d{1,7}/\d{1,7}"),
         check_shard,

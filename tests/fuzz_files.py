@@ -89,6 +89,7 @@ def check_thresholds(value: Any) -> None:
         assert ((judged.probabilities >= 0) & (judged.probabilities <= 1)).all() and (
             (judged.risk >= 0) & (judged.risk <= 1)
         ).all()
+    assert all(0 <= number <= 1 for number in (*found.per_category, found.flagged_threshold))
     rule = Rule.of(found, TAXONOMY)
     assert json.dumps(rule.shown, allow_nan=False).encode()
     found.save(folder(), TAXONOMY)
@@ -115,6 +116,8 @@ def check_metadata(value: Any) -> None:
 
 
 _BYTES = st.binary(max_size=8) | st.sampled_from([b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000])
+_BEYOND_ONE = copy.deepcopy(GOOD_THRESHOLDS[0])
+_BEYOND_ONE["categories"]["a"]["raw"] = 7
 _KNOWN_METADATA = (
     b"[" * 100_000,
     *(
@@ -123,6 +126,6 @@ _KNOWN_METADATA = (
     ),
 )
 PROPERTIES = {
-    "thresholds": Property(damaged(GOOD_THRESHOLDS) | JSON_VALUES | _BYTES, check_thresholds),
+    "thresholds": Property(damaged(GOOD_THRESHOLDS) | JSON_VALUES | _BYTES, check_thresholds, (_BEYOND_ONE,)),
     "metadata": Property(damaged(GOOD_METADATA) | JSON_VALUES | _BYTES, check_metadata, _KNOWN_METADATA),
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from qlora_moderation.options import option
+from qlora_moderation.rows import find_kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,7 @@ class ServeConfig:
     def find_faults(self) -> list[str]:
         """Return contradictions between options."""
         faults = []
-        if not Path(self.model_path).is_dir():
+        if find_kind(Path(self.model_path)) != "directory":
             faults.append(f"--model_path {self.model_path}: no such directory; give an adapter, full or merged model")
         if self.max_texts > self.max_queue_pairs:
             faults.append(
