@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import io
 import math
 import re
@@ -73,13 +72,12 @@ TAGS += [
 ]
 
 
-@functools.cache
+_folder = tempfile.TemporaryDirectory(prefix="qlora-moderation-fuzz-")  # removed when the process ends
+
+
 def folder() -> Path:
-    """Return a folder for what is drawn, which is removed at the end."""
-    made = tempfile.TemporaryDirectory(prefix="qlora-moderation-fuzz-")
-    functools.cache(lambda: made)()
-    folder.keep = made  # type: ignore[attr-defined]
-    return Path(made.name)
+    """Return a folder for what is drawn."""
+    return Path(_folder.name)
 
 
 def check_told(error: ModerationError, starts: str = "") -> None:
