@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from qlora_moderation.blocks import Row
 from qlora_moderation.errors import DataError
+from qlora_moderation.rows import refuse_repeated
 from qlora_moderation.text_tables import LONGEST_ROW, Stored, TextTable
 from qlora_moderation.verdicts import NEW_COLUMNS
 
@@ -59,6 +60,7 @@ class Csv(TextTable):
             raw.decode("utf-8")
         except UnicodeDecodeError:
             raise DataError(f"{path}, line 1: its header is not valid UTF-8; save the file as UTF-8") from None
+        refuse_repeated(f"{path}, line 1", cells)
         self._raw_header, self._header = raw, tuple(cells)
 
     def parse(self, raw: bytes) -> Row:

@@ -16,11 +16,11 @@ import hashlib
 import json
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from qlora_moderation.errors import DataError, brief
+from qlora_moderation.errors import DataError, brief, show
 
 FILE_ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
 BEAVERTAILS = "PKU-Alignment/BeaverTails"
@@ -253,6 +253,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
             if not cells:
                 continue
             if header is None:
+                refuse_repeated(f"{path}, line 1", cells)
                 header = cells
             elif any("\udc80" <= character <= "\udcff" for cell in cells for character in cell):
                 yield place, "is not valid UTF-8"
@@ -260,6 +261,17 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
                 yield place, f"has another number of columns than the header ({', '.join(header)}): {len(cells)}"
             else:
                 yield place, {name: _from_cell(name, cell) for name, cell in zip(header, cells, strict=True)}
+
+
+def refuse_repeated(place: str, columns: Sequence[str]) -> None:
+    """Refuse a table in which one column would hide another.
+
+    Raises:
+        DataError: names it.
+    """
+    repeated = next((name for index, name in enumerate(columns) if name in columns[:index]), None)
+    if repeated is not None:
+        raise DataError(f"{place}: names the column {show(repeated)} twice; rename one of them")
 
 
 def _from_cell(name: str, value: str) -> Any:
@@ -277,6 +289,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            refuse_repeated(str(path), file.schema_arrow.names)
             number = 0
             for batch in file.iter_batches(batch_size=4096):
                 for row in batch_rows(batch):

@@ -244,3 +244,20 @@ def a_directory_without_rows(bench):
 def an_output_among_the_inputs(bench):
     bench.data()
     return bench.predict(bench.folder)
+
+
+@case("{folder}/rows.csv, line 1: names the column 'response' twice; rename one of them")
+def a_table_with_a_column_twice(bench):
+    return bench.train(bench.data("prompt,response,response\r\na,b,c\r\n", "rows.csv"))
+
+
+@case("{folder}/rows.csv, line 1: names the column 'prompt' twice; rename one of them")
+def a_table_to_be_scored_with_a_column_twice(bench):
+    return bench.predict(bench.data("prompt,prompt,response\r\na,b,c\r\n", "rows.csv"))
+
+
+@case("{folder}/rows.parquet: names the column 'prompt' twice; rename one of them")
+def a_parquet_file_with_a_column_twice(bench):
+    table = pa.table([pa.array(["a"])] * 3, names=["prompt", "prompt", "response"])
+    pq.write_table(table, bench.folder / "rows.parquet")
+    return bench.train(bench.folder / "rows.parquet")
