@@ -159,6 +159,16 @@ def test_a_download_that_breaks_off_is_named_and_the_next_start_has_it_whole(lla
     assert not (bench.folder / "out").exists()
 
 
+@pytest.fixture
+def usual_signals():
+    """Let signals do what they do in a terminal: a shell's background jobs, and what they start, ignore SIGINT."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(
     ("number", "code", "said"), [(signal.SIGTERM, 143, "stopped by SIGTERM"), (signal.SIGINT, 130, "interrupted")]
 )
@@ -167,7 +177,7 @@ def test_a_download_that_breaks_off_is_named_and_the_next_start_has_it_whole(lla
     [("merge", "merge.prove_merge"), ("evaluate", "evaluate.write_predictions"), ("tune", "tune.tune")],
 )
 def test_a_signal_ends_a_job_that_leaves_nothing_behind(
-    job, place, number, code, said, bench, new_rows, monkeypatch, capsys
+    job, place, number, code, said, bench, new_rows, usual_signals, monkeypatch, capsys
 ):
     def signalled(*arguments: Any, **options: Any) -> None:
         os.kill(os.getpid(), number)
