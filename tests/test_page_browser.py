@@ -424,10 +424,14 @@ def test_waiting_can_be_stopped_and_a_busy_server_says_when_to_come_again(page, 
         page.get("question").send_keys(Keys.ESCAPE)
         page.until(lambda: page.get("judge").is_displayed())
 
+        def has_queued(pairs):
+            metrics = urllib.request.urlopen(f"{server.address}/metrics").read().decode()
+            return f"qlora_moderation_queue_pairs {pairs}.0" in metrics
+
+        page.until(lambda: has_queued(0))  # the server has noticed, too, that nobody waits any more
         full = threading.Thread(target=lambda: ask(f"{server.address}/v1/moderations", {"input": ["a"] * 64}))
         full.start()
-        metric = "qlora_moderation_queue_pairs 64"
-        page.until(lambda: metric in urllib.request.urlopen(f"{server.address}/metrics").read().decode())
+        page.until(lambda: has_queued(64))
         page.judge()
         assert "The server is busy (429)" in page.text("#trouble") and "Nothing was judged" in page.text("#trouble")
         assert re.search(r"come again in \d+ s", page.get("later").text)
