@@ -20,10 +20,11 @@ from qlora_moderation.backbone import BackboneSpec, choose_layout, inspect_backb
 from qlora_moderation.blueprint import Blueprint
 from qlora_moderation.classifier import check_max_length
 from qlora_moderation.config import PlanConfig, TrainConfig
-from qlora_moderation.errors import CheckpointError, ConfigError
+from qlora_moderation.errors import ConfigError
 from qlora_moderation.estimate import Kind, MemoryEstimate, MemoryEstimator, Setting, reserve
 from qlora_moderation.metadata import Quantization, write_json
 from qlora_moderation.recomputation import RECOMPUTATIONS
+from qlora_moderation.refusals import refusals
 from qlora_moderation.taxonomy import load_taxonomy
 
 LLAMA_7B = {
@@ -99,11 +100,9 @@ def plan_cards(config: PlanConfig, log: Callable[[str], None] = print) -> list[R
     ]:
         log(line)
     if config.json is not None:
-        try:
+        with refusals(f"--json {config.json}"):
             path = Path(config.json)
             write_json(path.resolve() if path.is_file() else path, [row.as_plain() for row in rows])
-        except OSError as error:
-            raise CheckpointError(f"--json {config.json}: cannot be written ({error.strerror})") from None
         log(f"written: {config.json}")
     return rows
 

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from qlora_moderation.distributed import is_lost_contact, local_part, on_main, patient_group, world_size
 from qlora_moderation.errors import CheckpointError
 from qlora_moderation.metadata import read_json, write_json
+from qlora_moderation.refusals import refused_write
 from qlora_moderation.staging import replaced_whole
 
 STATE_FILE = "state.json"
@@ -48,7 +49,9 @@ def save_checkpoint(
                 dcp.save(tensors, storage_writer=writer, process_group=patient_group(), no_dist=world_size() == 1)
         except (Exception, CheckpointException) as error:
             _pass_on(error)
-            raise CheckpointError(f"{directory}: cannot be written ({_find_reason(error)})") from None
+            cause = _find_cause(error)
+            refused = refused_write(directory, cause)
+            raise refused or CheckpointError(f"{directory}: cannot be written ({_first_line(cause)})") from None
         on_main(lambda: _write_facts(unfinished, facts))
     on_main(lambda: _prune(run, keep, best_step))
     return directory
@@ -173,7 +176,7 @@ def restore_tensors(
     except (Exception, CheckpointException) as error:
         _pass_on(error)
         raise CheckpointError(
-            f"{directory}: cannot be read ({_find_reason(error)}); remove it to go on from an earlier one"
+            f"{directory}: cannot be read ({_first_line(_find_cause(error))}); remove it to go on from an earlier one"
         ) from None
     for name, parameter in own.items():
         if states[name]:
@@ -190,10 +193,12 @@ def _make_room(parameter: torch.Tensor, entry: Any, fused: bool) -> torch.Tensor
     return torch.empty(entry.size, dtype=dtype, device=device)
 
 
-def _find_reason(error: BaseException) -> str:
-    """Return the first line of what a rank said inside torch's bundle of failures."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
+def _find_cause(error: BaseException) -> BaseException:
+    """Return what a rank said inside torch's bundle of failures."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+
+
+def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from qlora_moderation.annotation import Annotation, BadRow, read_annotation
 from qlora_moderation.errors import DataError
+from qlora_moderation.metadata import written_whole
 from qlora_moderation.rows import Source, parse_spec, read_rows
 from qlora_moderation.taxonomy import Taxonomy
 
@@ -265,7 +266,7 @@ def write_pairs(path: Path, pairs: Pairs, taxonomy: Taxonomy) -> None:
     Who ticked what together is not kept by `Pairs`; the votes are dealt to the annotators in turn.
     """
     assert pairs.labels is not None and pairs.flagged is not None
-    with path.open("w", encoding="utf-8") as file:
+    with written_whole(path) as file:
         for i in range(len(pairs)):
             annotators = int(pairs.weight[i])
             flagging = round(float(pairs.flagged[i]) * annotators)
@@ -281,4 +282,5 @@ def write_pairs(path: Path, pairs: Pairs, taxonomy: Taxonomy) -> None:
                     row["model"] = pairs.models[i]
                 if taxonomy.labels_from == "category":
                     row["category"] = {name: name in names for name in taxonomy.categories}
-                file.write(json.dumps({**row, "is_safe": not names}, ensure_ascii=False) + "\n")
+                line = json.dumps({**row, "is_safe": not names}, ensure_ascii=False) + "\n"
+                file.write(line.encode("utf-8"))

@@ -14,9 +14,10 @@ import numpy as np
 from qlora_moderation.audit import compute_audit, count_disagreement, describe_lengths
 from qlora_moderation.audit_config import AuditConfig
 from qlora_moderation.data import Pairs, aggregate_rows, check_usable, tell_renamed
-from qlora_moderation.errors import CheckpointError, ConfigError
+from qlora_moderation.errors import ConfigError
 from qlora_moderation.leakage import TrainingHashes, hash_training, load_hashes
 from qlora_moderation.metadata import load_metadata, write_json
+from qlora_moderation.refusals import refusals
 from qlora_moderation.rows import parse_spec
 from qlora_moderation.taxonomy import Taxonomy, load_taxonomy
 
@@ -63,10 +64,8 @@ def audit_data(config: AuditConfig, log: Log = print) -> dict[str, Any]:
     for line in format_audit(audit, config.show_bad_rows):
         log(line)
     if target is not None:
-        try:
+        with refusals(f"--output_dir {target}"):
             write_json(target / AUDIT_FILE, audit)
-        except OSError as error:
-            raise CheckpointError(f"--output_dir {target}: cannot be written ({error.strerror or error})") from None
         log(f"written: {target / AUDIT_FILE}")
     return audit
 

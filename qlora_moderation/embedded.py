@@ -11,7 +11,6 @@ import json
 import math
 import os
 import random
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qlora_moderation.backbone import quiet
 from qlora_moderation.errors import CheckpointError
+from qlora_moderation.staging import replaced_whole
 from qlora_moderation.taxonomy import Taxonomy
 
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
@@ -103,7 +103,7 @@ def build_llama_shape(
         `output_dir`.
 
     Raises:
-        CheckpointError: `output_dir` exists, or the model has more than `max_weights` weights.
+        CheckpointError: `output_dir` exists or cannot be written, or the model has more than `max_weights` weights.
         ValueError: no texts, or a width that is no multiple of 64.
     """
     output_dir = Path(output_dir)
@@ -137,13 +137,10 @@ def build_llama_shape(
     if max_weights is not None and weights > max_weights:
         raise CheckpointError(f"{weights:,} weights, but at most {max_weights:,} are allowed; lower hidden_size")
     _train_language_model(model, tokenizer, texts, steps, batch_size, learning_rate, seed, log)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as partial:
-        whole = Path(partial) / "whole"
+    with replaced_whole(output_dir) as whole:
         with quiet():
             model.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
-        whole.rename(output_dir)
     log(f"backbone: written to {output_dir}")
     return output_dir
 

@@ -19,7 +19,7 @@ from qlora_moderation.data import Pairs, load_pairs
 from qlora_moderation.distributed import is_main, on_main, processes, silent
 from qlora_moderation.errors import CheckpointError, ConfigError, DataError
 from qlora_moderation.leakage import load_hashes
-from qlora_moderation.metadata import write_json
+from qlora_moderation.metadata import is_abandoned, write_json
 from qlora_moderation.metrics import majority
 from qlora_moderation.moderators import add_moderators
 from qlora_moderation.predictions import (
@@ -113,7 +113,7 @@ def _check_output(output: Path) -> None:
     there = next(place for place in [output.resolve(), *output.resolve().parents] if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise CheckpointError(f"--output_dir {output}: cannot be made, {there} is no directory that can be written in")
-    if output.is_dir() and {path.name for path in output.iterdir()} - _WRITTEN:
+    if output.is_dir() and any(path.name not in _WRITTEN and not is_abandoned(path) for path in output.iterdir()):
         raise CheckpointError(f"--output_dir {output}: holds other files than an evaluation's; give another directory")
 
 

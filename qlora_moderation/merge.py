@@ -28,7 +28,7 @@ from qlora_moderation.errors import CheckpointError, ConfigError
 from qlora_moderation.export import write_config
 from qlora_moderation.leakage import load_hashes
 from qlora_moderation.merged_weights import MergePlan, Recipe, plan_merge
-from qlora_moderation.metadata import read_json, write_json, write_text
+from qlora_moderation.metadata import is_abandoned, read_json, write_json, write_text
 from qlora_moderation.proof import MergeError, check_report, describe_report, prove_merge
 from qlora_moderation.staging import replaced_whole
 from qlora_moderation.stock_tokenizer import save_stock_tokenizer
@@ -107,7 +107,8 @@ def _check_target(output: Path, adapter: Path, base: Path, overwrite: bool) -> N
         raise CheckpointError(
             f"--output_dir {output}: is no earlier merge, so --overwrite does not touch it; give another"
         )
-    others = sorted(path.name for path in output.iterdir() if not _MERGED_FILE.fullmatch(path.name))
+    there = (path for path in output.iterdir() if not is_abandoned(path))
+    others = sorted(path.name for path in there if not _MERGED_FILE.fullmatch(path.name))
     if others:
         raise CheckpointError(
             f"--output_dir {output}: holds {others[0]} beside the earlier merge (tuned thresholds leave {PREVIOUS_FILE}); "

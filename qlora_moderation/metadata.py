@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
+import glob
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args, get_origin, get_type_hints
@@ -133,15 +136,37 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file beside `path` that takes its place, on the disk, when the block has ended without an error."""
+def written_whole(path: Path, tidy: bool = True) -> Iterator[BinaryIO]:
+    """Yield a file beside `path` that takes its place, on the disk, when the block has ended without an error.
+
+    Args:
+        path: in a directory that is made where it is missing.
+        tidy: remove first what killed writers of the same file have left.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*") if tidy else ():
+        if is_abandoned(left):
+            left.unlink(missing_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with beside.open("wb") as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+            beside.replace(path)  # still under the lock, so that nobody takes it for abandoned
     finally:
         beside.unlink(missing_ok=True)
+
+
+def is_abandoned(path: Path) -> bool:
+    """Say whether a file is what a killed writer left beside its place: it has such a name, and nobody holds its lock."""
+    if not re.fullmatch(r"\..+\.\d+", path.name):
+        return False
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

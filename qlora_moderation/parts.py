@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from qlora_moderation.errors import CheckpointError
 from qlora_moderation.metadata import read_json, write_json, written_whole
+from qlora_moderation.refusals import refusals
 from qlora_moderation.workload import BlockId, find_differences, fingerprint_facts, list_blocks
 
 PARTS = "parts"
@@ -95,7 +96,7 @@ class Parts:
         Raises:
             CheckpointError: the disk does not take it.
         """
-        with writing(self.output), written_whole(self.path_of(block)) as file:
+        with writing(self.output), written_whole(self.path_of(block), tidy=False) as file:
             yield file
 
     def agree_on_engine(self, engine: dict[str, Any]) -> list[str]:
@@ -200,19 +201,9 @@ def raise_other(output: Path, other: dict[str, Any], facts: dict[str, Any]) -> N
     )
 
 
-@contextlib.contextmanager
-def writing(output: Path) -> Iterator[None]:
-    """Turn what a disk refuses into one line.
-
-    Raises:
-        CheckpointError: instead of an `OSError`.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"--output_dir {output}: cannot be written ({error.strerror or error}); make room, and give the same command again"
-        ) from None
+def writing(output: Path) -> contextlib.AbstractContextManager[None]:
+    """Turn what the system refuses to write into one line, see `refusals`."""
+    return refusals(f"--output_dir {output}")
 
 
 def _lock(stack: contextlib.ExitStack, path: Path, wait: bool = False) -> bool:

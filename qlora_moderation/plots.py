@@ -15,6 +15,8 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from qlora_moderation.metadata import written_whole
+
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 """Okabe and Ito's palette, told apart by the colour-blind."""
 
@@ -38,8 +40,7 @@ def plot_curves(records: Sequence[Mapping[str, Any]], metric: str, path: Path) -
     left.set(xlabel="step", ylabel="loss (nats per label)")
     right.set(xlabel="step", ylabel="validation", ylim=(0, 1.02))
     left.legend() if train or evaluated else None
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    _save(figure, path, dpi=120)
 
 
 def plot_flagged_proportion(
@@ -83,8 +84,7 @@ def plot_flagged_proportion(
     axes.set(ylabel="flagged answers (%)")
     axes.margins(y=0.12)
     figure.legend(title="moderator", fontsize=8, loc="outside right upper")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    _save(figure, path, dpi=120)
 
 
 _MOST_BARS = 40
@@ -126,8 +126,7 @@ def plot_shares(panels: Mapping[str, Mapping[str, tuple[float, Sequence[float] |
     )
     grid.ravel()[0].set_xlim(0, 112 * farthest or 100)  # room for the numbers behind the bars
     grid.ravel()[-1].set_xlabel("rows (%)")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    _save(figure, path, dpi=120)
 
 
 def plot_ranking_curves(columns: Mapping[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
@@ -205,8 +204,16 @@ def plot_threshold_sweep(truth: np.ndarray, score: np.ndarray, threshold: float,
     axes.annotate(f"{threshold:.3g}", (threshold, 1.0), xytext=(3, 2), textcoords="offset points", fontsize=8)
     axes.set(xlabel="threshold of flagged", xlim=(0, 1), ylim=(0, 1.06))
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    _save(figure, path, dpi=120)
+
+
+def _save(figure: Any, path: Path, dpi: int) -> None:
+    """Write a figure whole, and forget it."""
+    try:
+        with written_whole(path) as file:
+            figure.savefig(file, dpi=dpi, format=path.suffix[1:])
+    finally:
+        plt.close(figure)
 
 
 def _build_panels(count: int) -> tuple[Any, list[Any]]:
@@ -230,8 +237,7 @@ def _finish_panels(figure: Any, panels: list[Any], count: int, across: str, up: 
     figure.supylabel(up, fontsize=9)
     if handles:
         figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _save(figure, path, dpi=110)
 
 
 def _find_wilson_interval(share: float, count: int) -> tuple[float, float]:

@@ -18,8 +18,10 @@ from qlora_moderation.embedded import build_embedded_backbone, render_texts
 from qlora_moderation.errors import ConfigError
 from qlora_moderation.evaluate import evaluate
 from qlora_moderation.merge import merge_adapter
+from qlora_moderation.metadata import write_text
 from qlora_moderation.moderation import QAModeration
 from qlora_moderation.options import build_parser, load_options
+from qlora_moderation.refusals import refusals
 from qlora_moderation.sample import build_minimal_pair, build_sample, shuffle_labels, write_sample
 from qlora_moderation.train import train
 
@@ -39,9 +41,10 @@ def run_quickstart(config: QuickstartConfig, log: Callable[[str], None] = print)
     marker = root / "quickstart.json"
     if root.exists() and any(root.iterdir()) and not marker.is_file():
         raise ConfigError(f"--output_dir {root}: holds something else than a quick start; give another directory")
-    shutil.rmtree(root, ignore_errors=True)
-    root.mkdir(parents=True)
-    marker.write_text(json.dumps(dataclasses.asdict(config)) + "\n", encoding="utf-8")
+    with refusals(f"--output_dir {root}"):
+        shutil.rmtree(root, ignore_errors=True)
+        root.mkdir(parents=True)
+        marker.write_text(json.dumps(dataclasses.asdict(config)) + "\n", encoding="utf-8")
     if config.model_name_or_path is None:
         _run_embedded(config, root, log)
     else:
@@ -52,12 +55,10 @@ def run_quickstart(config: QuickstartConfig, log: Callable[[str], None] = print)
 def _run_embedded(config: QuickstartConfig, root: Path, log: Callable[[str], None]) -> None:
     started = time.monotonic()
     log("\n1. data: an embedded hand-made sample, question-answer pairs in which only the combination decides")
-    data = write_sample(root / "data", config.seed)
-    training = build_sample(config.seed)["train"]
-    shuffled = root / "data" / "shuffled.jsonl"
-    shuffled.write_text(
-        "".join(json.dumps(row) + "\n" for row in shuffle_labels(training, config.seed)), encoding="utf-8"
-    )
+    training, shuffled = build_sample(config.seed)["train"], root / "data" / "shuffled.jsonl"
+    with refusals(f"--output_dir {root}"):
+        data = write_sample(root / "data", config.seed)
+        write_text(shuffled, "".join(json.dumps(row) + "\n" for row in shuffle_labels(training, config.seed)))
     log("\n2. backbone: a small LLaMA, built on the spot and trained as a language model on the sample's texts")
     backbone = build_embedded_backbone(root / "backbone", render_texts(training), seed=config.seed, log=log)
 

@@ -22,6 +22,7 @@ from qlora_moderation.plots import (
     plot_threshold_sweep,
 )
 from qlora_moderation.predictions import PREDICTIONS_FILE, Predictions, read_predictions
+from qlora_moderation.refusals import refusals
 from qlora_moderation.rendering import render_markdown, render_page
 from qlora_moderation.sections import build_parts
 
@@ -42,9 +43,8 @@ def remake_report(directory: Path) -> None:
         CheckpointError: they are missing or damaged, or the report cannot be written.
     """
     try:
-        write_report(directory)
-    except OSError as error:
-        raise CheckpointError(f"{directory}: the report cannot be written ({error.strerror or error})") from None
+        with refusals(f"--evaluation_dir {directory}"):
+            write_report(directory)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise CheckpointError(f"{directory / 'metrics.json'}: lacks or garbles {error}; evaluate again") from None
 

@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,6 +19,7 @@ from qlora_moderation.environment import describe_environment
 from qlora_moderation.errors import CheckpointError
 from qlora_moderation.metadata import write_json, write_text
 from qlora_moderation.options import dump_options
+from qlora_moderation.refusals import refusals
 from qlora_moderation.staging import check_shared
 
 OWN = (
@@ -61,7 +61,7 @@ class RunDirectory:
             raise
 
     def _open(self, checkpoint: Path | None, processes: dict[str, Any]) -> None:
-        with self._writing():
+        with self.writing():
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
             if checkpoint is None:
@@ -91,15 +91,9 @@ class RunDirectory:
             return
         self._lock = lock
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise CheckpointError(
-                f"--output_dir {self.path}: cannot be written ({error.strerror or error}); make room, and give the same "
-                "command again"
-            ) from None
+    def writing(self) -> contextlib.AbstractContextManager[None]:
+        """Turn what the system refuses to write here into one line, see `refusals`."""
+        return refusals(f"--output_dir {self.path}")
 
     def set_status(self, state: str, **facts: Any) -> None:
         """Write `status.json`."""
@@ -108,13 +102,13 @@ class RunDirectory:
     def write(self, name: str, content: Any) -> None:
         """Write a JSON file."""
         if is_main():
-            with self._writing():
+            with self.writing():
                 write_json(self.path / name, content)
 
     def record(self, values: dict[str, Any]) -> None:
         """Append one line to `metrics.jsonl`."""
         if self._metrics is not None:
-            with self._writing():
+            with self.writing():
                 self._metrics.write(json.dumps(values) + "\n")
                 self._metrics.flush()
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from qlora_moderation.metadata import write_text
 from qlora_moderation.taxonomy import BEAVERTAILS_CATEGORIES
 
 Row = dict[str, Any]
@@ -192,12 +193,8 @@ def write_sample(directory: str | os.PathLike[str], seed: int = 0) -> dict[str, 
         The file of each split.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     paths = {}
     for split, rows in build_sample(seed).items():
         path = paths[split] = directory / f"{split}.jsonl"
-        partial = path.with_name(f".{path.name}.partial")
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        partial.write_text("".join(lines), encoding="utf-8")
-        partial.replace(path)
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return paths

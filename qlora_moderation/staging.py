@@ -6,14 +6,14 @@ In: a place, and a block that fills a directory beside it, on one rank or on all
 from __future__ import annotations
 
 import contextlib
-import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from qlora_moderation.distributed import is_main, on_main, raise_together, rank, world_size
-from qlora_moderation.errors import CheckpointError
+from qlora_moderation.errors import CheckpointError, ModerationError
+from qlora_moderation.refusals import refusals, refused_write
 
 
 @contextlib.contextmanager
@@ -32,14 +32,10 @@ def replaced_whole(directory: Path) -> Iterator[Path]:
         failure: Exception | None = None
         try:
             yield unfinished
-        except OSError as error:
-            failure = CheckpointError(f"{directory}: cannot be written ({error.strerror or error})")
+        except ModerationError as error:
+            failure = error
         except Exception as error:
-            # libraries in Rust report a full disk as errors of their own kinds
-            found = re.search(r"[^:(]*\(os error \d+\)|I/O error[^\n]*", str(error))
-            failure = (
-                error if found is None else CheckpointError(f"{directory}: cannot be written ({found[0].strip()})")
-            )
+            failure = refused_write(directory, error) or error
         raise_together(failure)
         on_main(lambda: _swap(unfinished, directory))
     finally:
@@ -81,21 +77,17 @@ def _beside(directory: Path, state: str) -> Path:
 
 
 def _prepare(unfinished: Path, directory: Path) -> None:
-    try:
+    with refusals(directory):
         recover(directory)
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-    except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be written ({error.strerror}); give another directory") from None
 
 
 def _swap(unfinished: Path, directory: Path) -> None:
     old = _beside(directory, "old")
-    try:
+    with refusals(directory):
         shutil.rmtree(old, ignore_errors=True)
         if directory.exists():
             directory.rename(old)
         unfinished.rename(directory)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be written ({error.strerror or error})") from None

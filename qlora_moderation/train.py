@@ -117,14 +117,16 @@ def _learn(loop: Loop, run: RunDirectory, start: Start, state: dict[str, Any] | 
     validation = loop.material.validation
     run.write("audit.json", loop.material.audit)
     if is_main() and validation is not None and not loop.config.eval_data_name_or_path:
-        write_pairs(run.path / "validation.jsonl", validation, loop.classifier.taxonomy)
+        with run.writing():
+            write_pairs(run.path / "validation.jsonl", validation, loop.classifier.taxonomy)
     for note in start.notes:
         log(f"warning: {note}; going on from {start.checkpoint}")
     if start.checkpoint is not None and state is not None:
         loop.resume(start.checkpoint, state)
     loop.run(run)
     if is_main():
-        plot_curves(run.records(), loop.config.metric_for_best_model, run.path / "curves.png")
+        with run.writing():
+            plot_curves(run.records(), loop.config.metric_for_best_model, run.path / "curves.png")
 
 
 def _check(config: TrainConfig) -> tuple[Taxonomy, Start]:

@@ -15,8 +15,9 @@ from qlora_moderation.classifier import load_classifier
 from qlora_moderation.config import TuneConfig
 from qlora_moderation.data import Pairs, load_pairs
 from qlora_moderation.distributed import processes
-from qlora_moderation.errors import CheckpointError, DataError
+from qlora_moderation.errors import DataError
 from qlora_moderation.leakage import TrainingHashes, load_hashes
+from qlora_moderation.refusals import refusals
 from qlora_moderation.scoring import default_token_budget, score_pairs
 from qlora_moderation.shortage import scoring_shortage
 from qlora_moderation.thresholds import PREVIOUS_FILE, Thresholds
@@ -57,11 +58,9 @@ def tune_model(config: TuneConfig, log: Callable[[str], None] = print) -> Thresh
         scores.probabilities, pairs.labels, pairs.flagged, pairs.weight, pairs.prompts, names, settings, apart
     )
     thresholds = dataclasses.replace(thresholds, fit={**thresholds.fit, "data": Path(config.eval_dataset).name})
-    try:
+    with refusals(f"--model_path {directory}"):
         classifier.thresholds.save(directory, classifier.taxonomy, PREVIOUS_FILE)
         thresholds.save(directory, classifier.taxonomy)
-    except OSError as error:
-        raise CheckpointError(f"{directory}: thresholds.json cannot be written ({error.strerror})") from None
     for line in _summarise(thresholds, names):
         log(line)
     log(f"written: {directory / 'thresholds.json'} (the one before: {PREVIOUS_FILE})")

@@ -14,7 +14,7 @@ PACKAGE = "qlora_moderation"
 
 # A module imports only from those above it. A new module goes below everything that it imports, and as high as that allows.
 LAYERS = """
-    errors environment
+    errors refusals environment
     strict_yaml options config audit_config prediction_config taxonomy metadata calibration thresholds results candidates
     rows annotation data audit
     verdicts pair_columns blocks text_tables json_tables csv_tables columnar_tables tables
