@@ -123,8 +123,8 @@ def run_predict(backbone, rows, texts, folder, until):
     return kill_again_and_again("predict", ("run as",), campaigns, until)
 
 
-JOB_KILLS = 30
-"""For each job."""
+JOB_KILLS = {"merge": 130, "evaluate": 144, "tune": 32}
+"""Two for each of a job's operations on files, over nothing and over an earlier result."""
 
 
 def run_jobs(backbone, rows, texts, folder, until):
@@ -143,8 +143,8 @@ def run_jobs(backbone, rows, texts, folder, until):
             jobs[name], adapter, number, folder / f"jobs-{name}", seed, end
         )
 
-    print("\nmerge, evaluate, tune: SIGKILL at random instants, over nothing and over an earlier result")
-    return kill_again_and_again("jobs", ("job",), [((name,), JOB_KILLS, plan(name)) for name in jobs], until)
+    print("\nmerge, evaluate, tune: SIGKILL at random instants and before every operation on files, twice over")
+    return kill_again_and_again("jobs", ("job",), [((name,), JOB_KILLS[name], plan(name)) for name in jobs], until)
 
 
 INVARIANCE_TEXTS = 1000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,9 @@ def read_files(folder: Path) -> Content:
 def campaign(job: Job, adapter: Path, kills: int, folder: Path, seed: int, until: float = 1e18) -> Tally:
     """Kill a job `kills` times, over nothing and over an earlier result in turn.
 
+    Every second kill falls on a random instant, every other one on one of the job's operations on files, just before it is
+    done: on each of them once before any is met again.
+
     Args:
         job: of `list_jobs`.
         adapter: copied for every run.
@@ -77,20 +81,27 @@ def campaign(job: Job, adapter: Path, kills: int, folder: Path, seed: int, until
     rng, tally = random.Random(seed), Tally()
     unbroken = _prepare(adapter, folder / "unbroken")
     started = time.monotonic()
-    for _ in range(2):  # a second run finds the first one's result
-        collect(start_ranks(1, job.run, job.options(unbroken)))
+    # a second run finds the first one's result
+    operations = [collect(_start(job, unbroken, None))[0] for _ in range(2)]
     seconds, wanted = (time.monotonic() - started) / 2, read_files(unbroken)
+    untried: list[list[int]] = [[] for _ in operations]
     while tally.kills < kills and time.monotonic() < until:
         place = _prepare(adapter, folder / f"run-{tally.runs}")
         before = read_files(place)
-        for _ in range(2):
+        for count, left in zip(operations, untried, strict=True):
             finished = False
             while not finished:
-                ranks = start_ranks(1, job.run, job.options(place))
-                finished = tally.kills >= kills or not _kill(ranks[0][0], place, seconds, rng, tally)
+                alone, number = tally.kills >= kills, None
+                if not alone and tally.kills % 2 == 0:
+                    left += [] if left else rng.sample(range(count), count)
+                    number = left.pop()
+                ranks = _start(job, place, number)
+                if not alone and number is None:
+                    wait_for_instant(ranks[0][0].is_alive, time.monotonic() + rng.random() * 1.2 * seconds, None, 0)
+                    ranks[0][0].kill()
+                finished = not _is_killed(ranks[0][0], tally, number is not None)
                 if finished:
                     collect(ranks)
-                ranks[0][0].join()
                 _check(job, place, before, wanted)
             before = read_files(place)
         assert read_files(place) == wanted, sorted(read_files(place).keys() ^ wanted.keys())
@@ -103,21 +114,17 @@ def _prepare(adapter: Path, place: Path) -> Path:
     return place
 
 
-def _kill(process: Any, place: Path, seconds: float, rng: random.Random, tally: Tally) -> bool:
-    """Kill a process at a random instant, or some instant into the writing of something; say whether it was alive."""
+def _start(job: Job, place: Path, number: int | None) -> list[Any]:
+    return start_ranks(1, rank_cases.run_until_operation, job.run, job.options(place), str(place), number)
 
-    def is_writing() -> bool:
-        return any(place.glob(".*")) or any(place.glob("*/.*"))
 
-    deadline = time.monotonic() + rng.random() * 1.2 * seconds
-    writing = rng.random() < 0.5
-    met = wait_for_instant(process.is_alive, deadline, is_writing if writing else None, rng.random() * 0.5 * seconds)
-    if not process.is_alive():
-        return False
-    process.kill()
-    tally.kills += 1
-    tally.while_writing += met
-    return True
+def _is_killed(process: Any, tally: Tally, while_writing: bool) -> bool:
+    """Wait for the end of a process and say whether it was a kill."""
+    process.join()
+    killed = process.exitcode == -signal.SIGKILL
+    tally.kills += killed
+    tally.while_writing += killed and while_writing
+    return bool(killed)
 
 
 def _check(job: Job, place: Path, before: Content, wanted: Content) -> None:

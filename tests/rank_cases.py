@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,44 @@ def score_batches(model: str, batches: list[list[tuple[str, str]]]) -> list[Any]
     """Score batches of pairs with the ranks together; return the logits of each."""
     classifier = load_classifier(model, use_cpu=True)
     return [score_pairs(classifier, *map(list, zip(*batch, strict=True))).logits for batch in batches]
+
+
+def run_until_operation(
+    job: Callable[[dict[str, Any]], None], options: dict[str, Any], place: str, number: int | None
+) -> int:
+    """Run a job; SIGKILL this process just before one of its operations on files below a place.
+
+    Args:
+        job: function of this module.
+        options: of it.
+        place: absolute.
+        number: of the operation, from 0: opening for writing, renaming, removing, making a directory; None: none.
+
+    Returns:
+        How many operations there were.
+    """
+    seen = 0
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event not in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") or not _is_below(
+            arguments[0], place
+        ):
+            return
+        if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            return
+        if seen == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        seen += 1
+
+    sys.addaudithook(watch)
+    job(options)
+    return seen
+
+
+def _is_below(path: Any, place: str) -> bool:
+    # shutil.rmtree names files in the directory that it is in
+    return isinstance(path, str | os.PathLike) and (not Path(path).is_absolute() or os.fspath(path).startswith(place))
 
 
 def learn_until(options: dict[str, Any], step: int, number: int, by: int = 0) -> tuple[int, str]:

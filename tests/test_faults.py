@@ -32,8 +32,8 @@ def new_rows(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["merge", "evaluate", "tune"])
 def test_a_killed_job_leaves_whole_files_and_ends_as_ever(name, runs, new_rows, tmp_path):
-    tally = campaign(list_jobs(new_rows)[name], runs["lora"].weights, 1, tmp_path, seed=3)
-    assert tally.kills == 1 and tally.runs >= 1
+    tally = campaign(list_jobs(new_rows)[name], runs["lora"].weights, 2, tmp_path, seed=3)
+    assert tally.kills == 2 and tally.while_writing and tally.runs >= 1
 
 
 def test_what_a_kill_left_beside_a_result_is_cleared_away(bench, new_rows):
