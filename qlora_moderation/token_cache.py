@@ -28,7 +28,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from qlora_moderation import annotation, data, rows, taxonomy, tokenization
+from qlora_moderation import annotation, data, rows, taxonomy, tokenization, windows
 from qlora_moderation.data import Pairs, aggregate_rows, check_usable, tell_renamed
 from qlora_moderation.errors import brief
 from qlora_moderation.rows import Source, parse_spec
@@ -41,7 +41,7 @@ _ENDING = ".safetensors"
 _UNFINISHED = ".unfinished"
 _OWN = re.compile(rf"[0-9a-f]{{64}}({re.escape(_ENDING)}|\.[0-9a-f]{{16}}{re.escape(_UNFINISHED)})")
 _ABANDONED_SECONDS = 24 * 3600
-_DECIDING = (annotation, data, rows, taxonomy, tokenization)  # an entry made by other code is not read
+_DECIDING = (annotation, data, rows, taxonomy, tokenization, windows)  # an entry made by other code is not read
 
 Log = Callable[[str], None]
 

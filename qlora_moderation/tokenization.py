@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from qlora_moderation.errors import CheckpointError, ConfigError, DataError
 from qlora_moderation.taxonomy import Taxonomy
 from qlora_moderation.token_ids import TokenIds
+from qlora_moderation.windows import WindowCutter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,6 +103,7 @@ class TextEncoder:
         self._control = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         self._control.discard(tokenizer.unk_token_id)  # what a vocabulary without byte fallback gives rare characters
         self._check_control_strings([str(token) for token in tokenizer.added_tokens_decoder.values()])
+        self._cutter = WindowCutter(self._backend, taxonomy)
         fixed = len(self.begin_ids) + len(self.end_ids) + len(self._ids(["".join(taxonomy.template_parts)])[0])
         if fixed + _MIN_TEXT_TOKENS > max_length:
             raise ConfigError(
@@ -185,44 +187,5 @@ class TextEncoder:
             raise DataError(f"text {index + 1} was turned into a control token; this is a fault of the tokenizer check")
         if len(self.begin_ids) + len(ids) + len(self.end_ids) <= self.max_length:
             return [Window(self.begin_ids + ids + self.end_ids, index)]
-        before, question_ids, between, answer_ids, after = self._cut_by_part(question, answer, ids)
-        fixed = self.begin_ids, before, between, after, self.end_ids
-        room = self.max_length - sum(map(len, fixed))
-        question_room = min(len(question_ids), max(room // 2, room - len(answer_ids)))
-        questions = _stretches(question_ids, question_room)
-        answers = _stretches(answer_ids, room - question_room)
-        pairs = [(questions[0], stretch) for stretch in answers] + [(stretch, answers[0]) for stretch in questions[1:]]
-        return [Window(self.begin_ids + before + q + between + a + after + self.end_ids, index, True) for q, a in pairs]
-
-    def _cut_by_part(self, question: str, answer: str, ids: list[int]) -> list[list[int]]:
-        """Cut the ids of a rendered text into before, question, between, answer, after, by character offsets."""
-        offsets = self._backend.encode(self.taxonomy.render(question, answer), add_special_tokens=False).offsets
-        before, between, _ = self.taxonomy.template_parts
-        question_end = len(before) + len(question)
-        answer_start = question_end + len(between)
-        # a token that crosses a border belongs to the user's text, so that no character of it is lost
-        cuts = [
-            _first(offsets, lambda start, end: end > len(before)),
-            _first(offsets, lambda start, end: start >= question_end),
-            _first(offsets, lambda start, end: end > answer_start),
-            _first(offsets, lambda start, end: start >= answer_start + len(answer)),
-        ]
-        for i in range(1, len(cuts)):
-            cuts[i] = max(cuts[i], cuts[i - 1])
-        return [ids[start:end] for start, end in zip([0, *cuts], [*cuts, len(ids)], strict=True)]
-
-
-def _first(offsets: Sequence[tuple[int, int]], holds: Callable[[int, int], bool]) -> int:
-    return next((i for i, (start, end) in enumerate(offsets) if holds(start, end)), len(offsets))
-
-
-def _stretches(ids: list[int], size: int) -> list[list[int]]:
-    """Cut ids into stretches of `size` that overlap by a quarter; the last one ends with the last id.
-
-    They overlap by three tokens at least, where they have four: a character of four tokens then lies in one of them whole.
-    """
-    if len(ids) <= size:
-        return [ids]
-    step = max(1, size - max(size // 4, 3))
-    starts = [*range(0, len(ids) - size, step), len(ids) - size]
-    return [ids[start : start + size] for start in starts]
+        inner = self._cutter.cut(question, answer, self.max_length - len(self.begin_ids) - len(self.end_ids))
+        return [Window(self.begin_ids + stretch + self.end_ids, index, True) for stretch in inner]

@@ -18,7 +18,7 @@ LAYERS = """
     strict_yaml options config audit_config prediction_config taxonomy metadata calibration thresholds results candidates
     rows annotation data audit
     verdicts pair_columns blocks text_tables json_tables csv_tables columnar_tables tables
-    token_ids tokenization stock_tokenizer leakage token_cache
+    token_ids windows tokenization stock_tokenizer leakage token_cache
     batching layout
     distributed interruption progress staging
     tensor_files nf4

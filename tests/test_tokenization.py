@@ -244,6 +244,32 @@ def check_windows(tokenizer, max_length: int, question: str, answer: str) -> Non
         assert window.ids[-1:] == encoder.end_ids
 
 
+def test_letters_at_a_border_do_not_change_the_template_of_other_windows(texts):
+    """A token that holds letters of template and text stands in one stretch alone."""
+    taxonomy = Taxonomy(template="Q:{question}|A:{answer}|END")
+    state = json.loads(build_tokenizer(texts, 600).backend_tokenizer.to_str())
+    vocab, merged = state["model"]["vocab"], [(":", "N"), ("b", "|"), ("z", "|")]
+    for token in ("|", "z", *map("".join, merged)):
+        vocab.setdefault(token, len(vocab))
+    state["model"]["merges"] += [list(pair) for pair in merged]
+    state["pre_tokenizer"]["pretokenizers"].pop()  # punctuation no longer stands alone
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="</s>")
+    encoder, whole = (TextEncoder(tokenizer, taxonomy, length) for length in (64, 100_000))
+    for question, answer in (
+        ("N" + words("q", 40) + "b", "N" + words("a", 40) + "z"),
+        ("b", "N" + words("a", 40) + "z"),
+        ("N" + words("q", 40) + "b", "Nz"),
+    ):
+        ids = whole.encode([question], [answer])[0].ids
+        assert [ids.count(vocab[token]) for token in map("".join, merged)] == [2 if question[0] == "N" else 1, 1, 1]
+        windows = encoder.windows([question], [answer])
+        shown = [tokenizer.decode(window.ids[1:-1]) for window in windows]
+        assert len(windows) > 2 and max(len(window.ids) for window in windows) <= 64
+        assert all(re.fullmatch(r"Q:[^|]+\|A:[^|]+\|END", text) for text in shown), shown
+        runs = {run for window in windows for run in itertools.pairwise(window.ids)}
+        assert runs >= {*itertools.pairwise(ids)}, "a neighbour was lost"
+
+
 def test_texts_keep_their_order_and_a_text_that_fits_is_one_window(plain, monkeypatch):
     monkeypatch.setattr(tokenization, "_CHUNK", 2)
     encoder = TextEncoder(plain, TAXONOMY, 64)
