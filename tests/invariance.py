@@ -137,6 +137,7 @@ async def _serve(model: Path, pairs: Pairs, rng: random.Random) -> Found:
     batches = [batch[start : start + 8] for batch in _deal(len(pairs), rng) for start in range(0, len(batch), 8)]
     waiting, parts = iter(batches), []
     flags = ["--max_queue_tokens", "10000000", "--max_text_length", "1000000", "--log_requests", "False"]
+    flags += ["--forwards_at_once", "2"]
 
     async def ask(client: httpx.AsyncClient) -> None:
         for members in waiting:

@@ -11,12 +11,13 @@ import shutil
 import httpx
 import numpy as np
 import pytest
+import torch
 
 from qlora_moderation import QAModeration
 from qlora_moderation.calibration import Calibrator, RiskModel
 from qlora_moderation.serving.app import build_app
 from qlora_moderation.serving.config import ServeConfig
-from qlora_moderation.serving.engine import Engine, load_engine
+from qlora_moderation.serving.engine import Engine, _count_forwards, load_engine
 from qlora_moderation.serving.keys import Keys, load_keys
 from qlora_moderation.serving.service import Service
 from qlora_moderation.thresholds import Thresholds
@@ -76,8 +77,9 @@ def play(directory, script, **options):
     return asyncio.run(run())
 
 
-def test_scores_and_flags_are_those_of_predict(served, rows):
-    """Whatever the batch: many clients at once, lists, chats, long texts, a budget of a few texts."""
+@pytest.mark.parametrize("forwards_at_once", [1, 3])
+def test_scores_and_flags_are_those_of_predict(served, rows, forwards_at_once):
+    """Whatever the batch: many clients at once, lists, chats, long texts, a budget of a few texts, several forwards at once."""
     moderation = QAModeration.from_pretrained(served, use_cpu=True)
     pairs = [(row["prompt"], row["response"]) for row in rows[:24]] + [
         ("", "Alone."),
@@ -98,7 +100,8 @@ def test_scores_and_flags_are_those_of_predict(served, rows):
         metrics = (await client.get("/metrics")).text
         return [answer.json() for answer in answers], service.rule, metrics
 
-    answers, rule, metrics = play(served, script, max_tokens_per_micro_batch=300, max_queue_tokens=10**6)
+    options = {"max_tokens_per_micro_batch": 300, "max_queue_tokens": 10**6, "forwards_at_once": forwards_at_once}
+    answers, rule, metrics = play(served, script, **options)
     results = [answer["results"][0] for answer in answers]
     for found, indices in (
         (results[: len(pairs)], range(len(pairs))),
@@ -374,6 +377,19 @@ class Broken(Engine):
         return np.full_like(found, np.nan) if self.sick else found
 
     sick = False
+
+
+def test_a_small_model_gets_a_forward_for_each_core_and_a_large_one_its_cores_together(served, monkeypatch):
+    classifier = load_engine(ServeConfig(model_path=str(served), use_cpu=True)).classifier
+    assert _count_forwards(classifier, 8) == 8
+    weights = sum(m.weight.numel() for m in classifier.model.modules() if isinstance(m, torch.nn.Linear))
+    for threads_a_text, forwards in ((2, 4), (3, 2), (100, 1)):
+        monkeypatch.setattr("qlora_moderation.serving.engine._WEIGHTS_A_THREAD", weights // threads_a_text)
+        assert _count_forwards(classifier, 8) == forwards
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    for asked, said in ((2, "2 at once, threads each: 4"), (16, "16 at once, threads each: 1")):
+        config = ServeConfig(model_path=str(served), use_cpu=True, forwards_at_once=asked)
+        assert said in Engine(classifier, config).explain()
 
 
 def test_a_canary_is_found_nowhere(served, caplog, capfd):

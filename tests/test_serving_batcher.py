@@ -29,8 +29,9 @@ class Engine:
     The first forward waits until `gate` is opened, so that a test decides what waits together.
     """
 
-    def __init__(self, budget: int = 40) -> None:
+    def __init__(self, budget: int = 40, forwards_at_once: int = 1) -> None:
         self.token_budget = budget
+        self.forwards_at_once = forwards_at_once
         self.names = ("one", "two")
         self.forwards: list[list[int]] = []
         self.gate = threading.Event()
@@ -143,6 +144,42 @@ def test_what_waits_is_scored_together_and_everyone_gets_his_own():
     assert answers[7].first_window_logits.tolist() == [[2, -2], [3, -3]]
     assert [len(forward) for forward in forwards] == [1, 4, 4, 3]
     assert sum(map(len, forwards)) == 12
+
+
+def test_forwards_at_once_share_what_waits():
+    async def play(batcher, engine):
+        tasks = [ask(batcher, "a"), ask(batcher, "bb"), ask(batcher, "ccc ddd")]
+        await until(lambda: len(batcher._working) == 3)
+        late = ask(batcher, "eeee eeee eeee")
+        await until(lambda: len(batcher._waiting) == 1)
+        engine.gate.set()
+        return [*await asyncio.gather(*tasks, late)], sorted(engine.forwards)
+
+    engine = Engine(forwards_at_once=3)
+    answers, forwards = drive(play, engine)
+    assert [scores.logits.tolist() for scores in answers] == [[[1, -1]], [[2, -2]], [[3, -3]], [[4, -4]]]
+    assert (
+        sum(map(len, forwards)) == 7 and forwards[:2] == [[1], [2]] and [3, 3] in forwards
+    )  # nobody waits for the others
+
+
+def test_windows_of_one_request_come_back_in_any_order():
+    async def play(batcher, engine):
+        late, score = threading.Event(), engine.score
+
+        def score_out_of_order(windows):
+            if windows[0].ids[0] == 1:
+                late.wait(10)
+            found = score(windows)
+            late.set()
+            return found
+
+        engine.score = score_out_of_order
+        engine.gate.set()
+        return await ask(batcher, "a", "bb", "ccc", "dddd")
+
+    scores = drive(play, Engine(budget=20, forwards_at_once=2))
+    assert scores.logits.tolist() == [[n, -n] for n in range(1, 5)]
 
 
 @pytest.mark.parametrize(("wait", "forwards"), [(5000, [[1, 4]]), (0, [[1], [4]])])

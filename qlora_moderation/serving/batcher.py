@@ -1,8 +1,8 @@
 """Requests of many clients in the same forwards, under a token budget, with a bounded queue.
 
 In: pairs of one request. Out: their scores. All state belongs to the event loop's thread, so there are no locks; texts are
-tokenised in threads beside it, and one thread scores. What runs in a thread is handed over without arguments, because asyncio
-shows arguments in its debug log.
+tokenised and scored in threads beside it, in as many forwards at once as the engine says. What runs in a thread is handed over
+without arguments, because asyncio shows arguments in its debug log.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -37,7 +37,7 @@ _PROBE_SECONDS = 5.0
 
 @dataclasses.dataclass(eq=False, repr=False)
 class _Job:
-    """The windows of one request: `begun` were handed to the model, `done` came back."""
+    """The windows of one request: the first `begun` were handed to the model, `done` came back."""
 
     cut: CutPairs
     lengths: list[int]
@@ -46,6 +46,14 @@ class _Job:
     queued: float
     begun: int = 0
     done: int = 0
+
+
+class _Part(NamedTuple):
+    """What one forward takes of a request."""
+
+    job: _Job
+    start: int
+    stop: int
 
 
 class Batcher:
@@ -70,8 +78,9 @@ class Batcher:
         self._preparing = 0
         self._refusing = False  # the queue was full, and a forward's worth of room is not there again
         self._changed = asyncio.Event()
-        self._rate = 0.0  # tokens a second
-        self._working = False
+        self._rate = 0.0  # tokens a second of one forward
+        self._working: set[object] = set()  # what threads load or score
+        self._resting = 0  # loops without work
         self._scoring = ThreadPoolExecutor(1, "scoring")
         self._tokenizing = ThreadPoolExecutor(2, "tokenizing")
 
@@ -87,19 +96,21 @@ class Batcher:
         return self._config.max_queue_tokens or max(_LEAST_QUEUE, _FORWARDS_IN_QUEUE * self.engine.token_budget)
 
     async def load(self, load: Callable[[], Engine]) -> Engine:
-        """Load the engine in the thread that will score."""
-        self.engine = await self._run_alone(load)
+        """Load the engine, and make room for as many forwards at once as it allows."""
+        self.engine = await self._run_beside(load)
+        self._scoring.shutdown(wait=False)
+        self._scoring = ThreadPoolExecutor(self.engine.forwards_at_once, "scoring")
         return self.engine
 
-    async def _run_alone(self, call: Callable[[], T]) -> T:
-        """Run something in the thread that scores."""
+    async def _run_beside(self, call: Callable[[], T]) -> T:
+        """Run something in a thread that scores."""
 
         def work() -> T:
-            self._working = True
+            self._working.add(work)
             try:
                 return call()
             finally:
-                self._working = False
+                self._working.discard(work)
 
         return await asyncio.get_running_loop().run_in_executor(self._scoring, work)
 
@@ -121,7 +132,8 @@ class Batcher:
         return min(self.engine.token_budget, self.max_queue_tokens // 8)
 
     def _busy(self) -> RequestError:
-        wait = math.ceil(self.tokens / self._rate) if self._rate else 1
+        assert self.engine is not None
+        wait = math.ceil(self.tokens / (self._rate * self.engine.forwards_at_once)) if self._rate else 1
         return RequestError(429, "busy", "too much is waiting; come again later", retry_after=min(max(wait, 1), 60))
 
     async def score(self, questions: Sequence[str], answers: Sequence[str]) -> Scores:
@@ -178,17 +190,31 @@ class Batcher:
 
     async def run(self) -> None:
         """Score what is waiting, until cancelled."""
+        assert self.engine is not None
+        loops = [asyncio.create_task(self._run_forwards()) for _ in range(self.engine.forwards_at_once)]
+        try:
+            await asyncio.gather(*loops)
+        finally:
+            for loop in loops:
+                loop.cancel()
+
+    async def _run_forwards(self) -> None:
+        """Run one forward after the other; several such loops share what is waiting."""
+        assert self.engine is not None
         while True:
-            await self._wait_for_work()
+            self._resting += 1
+            try:
+                await self._wait_for_work()
+            finally:
+                self._resting -= 1
             jobs = list(self._waiting)
-            if not jobs:  # all of them were given up
+            if not jobs:  # all of them were given up, or taken by another loop
                 continue
-            most = self._config.max_windows_per_micro_batch
-            assert self.engine is not None
-            taken = plan_batch(
-                [job.lengths for job in jobs], [job.begun for job in jobs], self.engine.token_budget, most
-            )
-            await self._score([(job, count) for job, count in zip(jobs, taken, strict=True) if count])
+            budget = min(self.engine.token_budget, math.ceil(self.tokens / (1 + self._resting)))
+            lengths, begun = [job.lengths for job in jobs], [job.begun for job in jobs]
+            taken = plan_batch(lengths, begun, budget, self._config.max_windows_per_micro_batch)
+            counted = [(job, count) for job, count in zip(jobs, taken, strict=True) if count]
+            await self._score([_Part(job, job.begun, job.begun + count) for job, count in counted])
 
     async def _wait_for_work(self) -> None:
         """Return when a forward is full, or something waits and nothing more is about to come, or has come too slowly."""
@@ -207,13 +233,13 @@ class Batcher:
             except TimeoutError:
                 return
 
-    async def _score(self, batch: list[tuple[_Job, int]]) -> None:
-        for job, count in batch:
-            if not job.begun:
+    async def _score(self, batch: list[_Part]) -> None:
+        for job, start, stop in batch:
+            if not start:
                 self._instruments.queue_seconds.observe(time.monotonic() - job.queued)
-            self.tokens -= sum(job.lengths[job.begun : job.begun + count])
-            job.begun += count
-            if job.begun == len(job.lengths):
+            self.tokens -= sum(job.lengths[start:stop])
+            job.begun = stop
+            if stop == len(job.lengths):
                 self._waiting.remove(job)
         error = await self._forward(batch)
         if error is not None and len(batch) > 1:
@@ -221,21 +247,21 @@ class Batcher:
             for part in batch:
                 alone = await self._forward([part])
                 if alone is not None:
-                    self._fail(part[0], alone)
+                    self._fail(part.job, alone)
         elif error is not None:
-            self._fail(batch[0][0], error)
+            self._fail(batch[0].job, error)
         if error is not None:
             await self._probe()
 
-    async def _forward(self, batch: list[tuple[_Job, int]]) -> Exception | None:
+    async def _forward(self, batch: list[_Part]) -> Exception | None:
         """Run windows through the model and hand out what it says; return its error where it fails."""
         engine = self.engine
         assert engine is not None
-        windows = [window for job, count in batch for window in job.cut.windows[job.done : job.done + count]]
+        windows = [window for job, start, stop in batch for window in job.cut.windows[start:stop]]
         tokens = sum(len(window.ids) for window in windows)
         started = time.monotonic()
         try:
-            logits = await self._run_alone(lambda: _muted(lambda: engine.score(windows)))
+            logits = await self._run_beside(lambda: _muted(lambda: engine.score(windows)))
         except (EngineFaultError, EngineShortageError) as error:
             reason = "memory" if isinstance(error, EngineShortageError) else "fault"
             self._instruments.batch_failures.labels(reason).inc()
@@ -248,11 +274,10 @@ class Batcher:
         self._instruments.batch_windows.observe(len(windows))
         self._instruments.batch_tokens.observe(tokens)
         self._instruments.batch_seconds.observe(seconds)
-        start = 0
-        for job, count in batch:
-            job.logits[job.done : job.done + count] = logits[start : start + count]
-            job.done += count
-            start += count
+        rest = logits
+        for job, start, stop in batch:
+            job.logits[start:stop], rest = rest[: stop - start], rest[stop - start :]
+            job.done += stop - start
             if job.done == len(job.lengths) and not job.answer.done():
                 if np.isfinite(job.logits).all():
                     job.answer.set_result(job.cut.collect(job.logits))
@@ -273,7 +298,7 @@ class Batcher:
 
     async def _probe(self) -> None:
         assert self.engine is not None
-        alive = await self._run_alone(self.engine.probe)
+        alive = await self._run_beside(self.engine.probe)
         if self.broken == alive:
             _log.log(
                 logging.INFO if alive else logging.ERROR, "the model %s", "answers again" if alive else "is broken"

@@ -36,6 +36,11 @@ class ServeConfig:
         None, "token budget of one forward, shared by all clients; default 16384 on CUDA, 512 on CPU", minimum=1
     )
     max_windows_per_micro_batch: int = option(512, "most texts and windows of one forward", minimum=1)
+    forwards_at_once: int | None = option(
+        None,
+        "forwards that run side by side; default: 1 on CUDA, on a CPU one a core unless the model is large",
+        minimum=1,
+    )
     batch_wait_ms: float = option(
         2.0, "longest wait for requests that have arrived but are not tokenised yet", minimum=0, maximum=1000
     )

@@ -18,10 +18,15 @@ from qlora_moderation.serving.faults import EngineShortageError
 from qlora_moderation.tokenization import Window
 
 _CPU_TOKENS = 512  # a larger forward is hardly faster a token on a CPU, and everyone waits for its end
+_WEIGHTS_A_THREAD = 25_000_000  # at 50 GFLOP/s a thread, a text of 100 tokens then takes about 0.1 s
 
 
 class Engine:
-    """A loaded classifier. `cut` may run in any thread, `score` in one at a time."""
+    """A loaded classifier. `cut` may run in any thread, `score` in as many at once as `forwards_at_once` says.
+
+    On a CPU several forwards on few threads each serve more texts than one on all threads, which wait for each other; and what
+    arrives waits for the first of several forwards to end. A large model needs its threads together.
+    """
 
     def __init__(self, classifier: Classifier, config: ServeConfig) -> None:
         self.classifier = classifier
@@ -29,6 +34,9 @@ class Engine:
         device, longest = classifier.model.device, classifier.encoder.max_length
         chosen = default_token_budget(device, longest) if device.type == "cuda" else max(longest, _CPU_TOKENS)
         self.token_budget = config.max_tokens_per_micro_batch or chosen
+        cores = torch.get_num_threads()
+        self.forwards_at_once = config.forwards_at_once or _count_forwards(classifier, cores)
+        self._threads = max(1, cores // self.forwards_at_once)
         self._probe = self.cut(["?"], ["."]).windows
 
     @property
@@ -46,6 +54,8 @@ class Engine:
         Raises:
             EngineShortageError: out of memory.
         """
+        if torch.get_num_threads() != self._threads:  # each thread has a number of its own
+            torch.set_num_threads(self._threads)
         try:
             return score_windows(self.classifier, windows, self.token_budget, None)
         except MemoryError:
@@ -86,11 +96,20 @@ class Engine:
         """Return where and how it computes, for the log."""
         model = self.classifier.model
         kind = str(model.autocast_dtype or torch.float32).removeprefix("torch.")
-        threads = f" on {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
+        threads = f", threads each: {self._threads}" if model.device.type == "cpu" else ""
         return (
-            f"{model.device.type}{threads}, {kind}, {self.classifier.layout} ({self.classifier.layout_reason}), forwards of "
-            f"at most {self.token_budget} tokens"
+            f"{model.device.type}, {kind}, {self.classifier.layout} ({self.classifier.layout_reason}), forwards of at most "
+            f"{self.token_budget} tokens, {self.forwards_at_once} at once{threads}"
         )
+
+
+def _count_forwards(classifier: Classifier, cores: int) -> int:
+    """Return one on a GPU; on a CPU as many as there are cores, or fewer for a model that needs several for a text."""
+    if classifier.model.device.type != "cpu":
+        return 1
+    layers = [module for module in classifier.model.modules() if isinstance(module, torch.nn.Linear)]
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    return max(1, cores // max(1, round(weights / _WEIGHTS_A_THREAD)))
 
 
 def load_engine(config: ServeConfig) -> Engine:

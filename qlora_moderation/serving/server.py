@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qlora_moderation.serving.service import Service
 
 _log = logging.getLogger("qlora_moderation.serving")
+_SWITCH_SECONDS = 0.0005
 _PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
 
 
@@ -86,8 +87,10 @@ def _share_cores() -> None:
     """Let torch's threads give their cores away when they wait for each other; read when torch is imported.
 
     By default they spin for milliseconds. Beside anything else on one of the cores, the threads of these very requests among
-    it, a forward then takes many times as long: 0.6 s instead of 40 ms were seen with one busy process on two cores.
+    it, a forward then takes many times as long: 0.6 s instead of 40 ms were seen with one busy process on two cores. Python,
+    too, must let go sooner than after 5 ms: whatever reads and refuses requests keeps every forward from its next operation.
     """
+    sys.setswitchinterval(_SWITCH_SECONDS)
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
