@@ -29,7 +29,9 @@ from qlora_moderation.model import ModerationModel
 from qlora_moderation.recomputation import Recomputation, recompute_layers
 
 COUNTED_ATTENTION = "qlora_moderation_counted"
-_SHORT = 2  # layers that show what one more of them costs: the first differs from the others, which have gradients to pass on
+_SHORT = (
+    3  # layers that show what one more costs: the first passes no gradients on, the last is read at few tokens only
+)
 
 
 class EstimateError(ModerationError):
@@ -177,13 +179,13 @@ def _imagine(batch: MicroBatch, mode: FakeTensorMode) -> MicroBatch:
     def take(tensor: torch.Tensor | None) -> Any:
         return None if tensor is None else mode.from_tensor(tensor)
 
-    segments = batch.segments
+    segments, last = batch.segments, take(batch.last)
     return MicroBatch(
         input_ids=take(batch.input_ids),
         position_ids=take(batch.position_ids),
-        last=take(batch.last),
+        last=last,
         attention_mask=take(batch.attention_mask),
-        segments=None if segments is None else Segments(segments.lengths, take(segments.borders)),
+        segments=None if segments is None else Segments(segments.lengths, take(segments.borders), last),
     )
 
 

@@ -25,9 +25,12 @@ def _attend_by_text(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    parts = zip(*(tensor.split(segments.lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    one_each = query.shape[2] == len(segments.lengths)
+    queries = query.split(1 if one_each else segments.lengths, dim=2)
+    parts = zip(queries, *(tensor.split(segments.lengths, dim=2) for tensor in (key, value)), strict=True)
     attended = [
-        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale) for q, k, v in parts
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=not one_each, scale=scale)
+        for q, k, v in parts
     ]
     return torch.cat(attended, dim=2).transpose(1, 2)
 
@@ -41,9 +44,12 @@ def _attend_variable_length(
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
-    longest = max(segments.lengths)
-    borders = segments.borders
-    attended: Any = varlen_attn(q, k, v, borders, borders, longest, longest, scale=scale, **_causal_option())
+    longest, borders = max(segments.lengths), segments.borders
+    if len(q) == len(segments.lengths):  # last tokens see all of their texts
+        own = torch.arange(len(borders), dtype=borders.dtype, device=borders.device)
+        attended: Any = varlen_attn(q, k, v, own, borders, 1, longest, scale=scale)
+    else:
+        attended = varlen_attn(q, k, v, borders, borders, longest, longest, scale=scale, **_causal_option())
     return attended[None]
 
 
@@ -71,7 +77,7 @@ def packed_attention(
 
     Args:
         module: the calling attention layer.
-        query: [1, heads, T, head size].
+        query: [1, heads, T, head size]; or [1, heads, S, head size], the last token of each of the S texts alone.
         key, value: [1, key-value heads, T, head size].
         attention_mask: always None for this function.
         scaling: factor on the products; None: 1 / sqrt(head size).
@@ -80,7 +86,7 @@ def packed_attention(
         unused: what other attention functions need.
 
     Returns:
-        [1, T, heads, head size], and None for the weights.
+        [1, T or S, heads, head size], and None for the weights.
 
     Raises:
         ValueError: a mask, several rows, dropout, or an attention variant that this function does not compute.
@@ -89,12 +95,19 @@ def packed_attention(
         raise ValueError("packed attention takes one row, no mask and no dropout")
     if unused.get("softcap") is not None or unused.get("s_aux") is not None:
         raise ValueError("packed attention computes neither soft caps nor sinks; use the padded layout")
-    length = query.shape[2]
-    segments = segments or Segments((length,), torch.tensor([0, length], dtype=torch.int32, device=query.device))
+    if segments is None:
+        length, device = key.shape[2], query.device
+        borders = torch.tensor([0, length], dtype=torch.int32, device=device)
+        segments = Segments((length,), borders, torch.tensor([length - 1], device=device))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     half = query.dtype in (torch.float16, torch.bfloat16)
     attend = _attend_variable_length if query.is_cuda and half else _attend_by_text
-    return attend(query, key, value, segments, scale), None
+    prefix, all_tokens = segments.prefix, query.shape[2] == key.shape[2]
+    if prefix is None:
+        return attend(query, key, value, segments, scale), None
+    queries = prefix.spread(query) if all_tokens else query
+    attended = attend(queries, prefix.spread(key), prefix.spread(value), segments, scale)
+    return prefix.collect(attended) if all_tokens else attended, None
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

@@ -13,14 +13,24 @@ import numpy as np
 import torch
 
 from qlora_moderation.batching import Layout
+from qlora_moderation.prefix import SharedPrefix, measure_prefix, share_prefix
 
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
-    """Where the S texts of a packed row lie: lengths on the host, [S + 1] borders on the device for CUDA kernels."""
+    """The S texts of a packed row.
+
+    Attributes:
+        lengths: of the whole texts, on the host.
+        borders: [S + 1] where the whole texts begin and end, one after the other, for CUDA kernels.
+        last: [S] place of each text's last token in the row.
+        prefix: where the row holds a common beginning once; None: it holds whole texts.
+    """
 
     lengths: tuple[int, ...]
     borders: torch.Tensor
+    last: torch.Tensor
+    prefix: SharedPrefix | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,28 +60,49 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def build_micro_batch(
-    ids: Sequence[Sequence[int] | np.ndarray], layout: Layout, pad_id: int, device: torch.device
+    ids: Sequence[Sequence[int] | np.ndarray],
+    layout: Layout,
+    pad_id: int,
+    device: torch.device,
+    share_beginnings: bool = False,
 ) -> MicroBatch:
-    """Lay S texts out as one packed row or as padded rows."""
-    lengths = [len(text) for text in ids]
+    """Lay S texts out as one packed row or as padded rows.
+
+    Args:
+        ids: of each text.
+        layout: `packed` or `padded`.
+        pad_id: fills padded rows.
+        device: to put them on.
+        share_beginnings: let a packed row hold what all texts begin with once; dropout would then fall on it once, too.
+    """
+    texts = [np.asarray(text, dtype=np.int64) for text in ids]
+    lengths = [len(text) for text in texts]
     if layout == "packed":
-        borders = [0, *itertools.accumulate(lengths)]
-        row = torch.from_numpy(np.concatenate([np.asarray(text, dtype=np.int64) for text in ids]))[None]
-        positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None]
-        on_device = send(torch.tensor(borders, dtype=torch.int32), device)
-        return MicroBatch(
-            input_ids=send(row, device),
-            position_ids=send(positions, device),
-            last=send(torch.tensor(borders[1:]).sub_(1), device),
-            segments=Segments(tuple(lengths), on_device),
-        )
+        return _pack(texts, lengths, device, measure_prefix(texts) if share_beginnings else 0)
     longest = max(lengths)
-    rows = torch.full((len(ids), longest), pad_id)
-    for row_index, text in enumerate(ids):
-        rows[row_index, : len(text)] = torch.from_numpy(np.asarray(text, dtype=np.int64))
+    rows = torch.full((len(texts), longest), pad_id)
+    for row, text in zip(rows, texts, strict=True):
+        row[: len(text)] = torch.from_numpy(text)
     return MicroBatch(
         input_ids=send(rows, device),
-        position_ids=torch.arange(longest, device=device).expand(len(ids), -1),
+        position_ids=torch.arange(longest, device=device).expand(len(texts), -1),
         last=send(torch.tensor(lengths) - 1, device),
         attention_mask=send((torch.arange(longest)[None] < torch.tensor(lengths)[:, None]).long(), device),
+    )
+
+
+def _pack(texts: list[np.ndarray], lengths: list[int], device: torch.device, shared: int) -> MicroBatch:
+    row, positions = np.concatenate(texts), np.concatenate([np.arange(length) for length in lengths])
+    borders = torch.tensor([0, *itertools.accumulate(lengths)])
+    last, prefix = borders[1:] - 1, None
+    if shared:
+        prefix = share_prefix(lengths, shared)
+        row, positions, last = row[prefix.origins], positions[prefix.origins], prefix.places[last]
+        prefix = prefix.map(lambda tensor: send(tensor, device))
+    last = send(last, device)
+    return MicroBatch(
+        input_ids=send(torch.from_numpy(row)[None], device),
+        position_ids=send(torch.from_numpy(positions)[None], device),
+        last=last,
+        segments=Segments(tuple(lengths), send(borders.int(), device), last, prefix),
     )

@@ -188,6 +188,7 @@ class Loop:
         members = step_batch(len(ids), self.plan.pairs_per_step, config.seed, step - 1)
         lengths = [len(ids[i]) for i in members]
         step_weight = float(self.weight[list(members)].sum())
+        draws = bool(config.lora_dropout or config.backbone_dropout)
         loss = torch.zeros((), device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
         mine = micro_batches(lengths, self.plan.token_budget, classifier.layout, world_size())[rank()]
@@ -195,7 +196,8 @@ class Loop:
             if not positions and not sharding.needs_fillers:
                 continue
             chosen = [members[i] for i in positions or [lengths.index(min(lengths))]]
-            batch = build_micro_batch([ids[i] for i in chosen], classifier.layout, classifier.pad_id, self.device)
+            rows = [ids[i] for i in chosen]
+            batch = build_micro_batch(rows, classifier.layout, classifier.pad_id, self.device, not draws)
             labels, weight = send(self.labels[chosen], self.device), send(self.weight[chosen], self.device)
             sharding.before_backward(classifier.model, last=index == len(mine) - 1)
             # a filler has weight 0 and only keeps this rank in step with the others

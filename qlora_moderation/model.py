@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from qlora_moderation.last_layer import shorten_last_layer
 from qlora_moderation.layout import MicroBatch
 
 
@@ -49,6 +50,7 @@ class ModerationModel(nn.Module):
         self.is_encoder = is_encoder
         self.device = device
         self.autocast_dtype = autocast_dtype
+        self._pools_packed_rows = not is_encoder and shorten_last_layer(network)
 
     @property
     def classifier(self) -> PreTrainedModel:
@@ -73,8 +75,10 @@ class ModerationModel(nn.Module):
                 use_cache=False,
                 **borders,
             ).last_hidden_state
-        rows = 0 if batch.segments is not None else torch.arange(len(batch.last), device=hidden.device)
-        pooled = hidden[rows, batch.last]
+        if batch.segments is None:
+            pooled = hidden[torch.arange(len(batch.last), device=hidden.device), batch.last]
+        else:
+            pooled = hidden[0] if self._pools_packed_rows else hidden[0, batch.last]
         with torch.autocast(pooled.device.type, enabled=False):
             return classifier.score(pooled.float())
 

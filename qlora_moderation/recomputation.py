@@ -32,8 +32,9 @@ def recompute_layers(network: Any, which: Recomputation) -> None:
     """Let no layer, every second one or all recompute their activations in the backward pass.
 
     `selective` is every second layer, not the fewest that an estimate asks for: then a run does not depend on how much of a
-    card was free, and the token budget fits what is left in finer steps and at less cost. The last layer keeps its activations:
-    its backward pass comes first, while those of all others are held, and would otherwise add its own recomputed ones.
+    card was free, and the token budget fits what is left in finer steps and at less cost. The last two layers keep theirs: the
+    last has few (see `last_layer`), and the backward pass of the one before would otherwise add its own recomputed ones while
+    those of all others are held.
 
     Args:
         network: a stock classifier, or PEFT's wrapper around one.
@@ -48,7 +49,7 @@ def recompute_layers(network: Any, which: Recomputation) -> None:
     if which == "all":
         return
     layers: list[Any] = list(find_layer_list(network))
-    for layer in layers[::-2]:
+    for layer in [*layers[-1:], *layers[-2::-2]]:
         if not hasattr(layer, "gradient_checkpointing"):
             raise ConfigError(
                 f"--gradient_checkpointing selective: {type(layer).__name__} cannot be told to keep its activations; use all"

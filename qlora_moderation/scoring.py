@@ -167,7 +167,7 @@ def score_windows(
         if not members and not classifier.sharding.needs_fillers:
             continue
         ids = [windows[i].ids for i in members or [shortest]]
-        scored = classifier.model(build_micro_batch(ids, classifier.layout, classifier.pad_id, device))
+        scored = classifier.model(build_micro_batch(ids, classifier.layout, classifier.pad_id, device, True))
         if members:
             found.append(scored)
             order += members

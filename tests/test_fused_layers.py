@@ -14,6 +14,8 @@ from transformers import (
     AttentionInterface,
     LlamaConfig,
     LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForSequenceClassification,
     Qwen2Config,
     Qwen2ForSequenceClassification,
 )
@@ -44,6 +46,7 @@ def build_model(family: str = "llama", **lora: Any) -> ModerationModel:
     torch.manual_seed(0)
     classes = {
         "llama": (LlamaConfig, LlamaForSequenceClassification),
+        "mistral": (MistralConfig, MistralForSequenceClassification),
         "qwen2": (Qwen2Config, Qwen2ForSequenceClassification),
     }
     config_class, model_class = classes[family]

@@ -19,11 +19,11 @@ LAYERS = """
     rows annotation data audit
     verdicts pair_columns blocks text_tables json_tables csv_tables columnar_tables tables
     token_ids windows tokenization stock_tokenizer leakage token_cache
-    batching layout
+    batching prefix layout
     distributed interruption progress staging
     tensor_files nf4
-    memory attention products fused_layers backbone adapter model loss
-    blueprint recomputation activations estimate capacity shortage
+    memory attention products fused_layers recomputation last_layer backbone adapter model loss
+    blueprint activations estimate capacity shortage
     sharding export classifier cards scoring assembly
     optim prior checkpoint
     intervals metrics baselines tuning

@@ -1,0 +1,110 @@
+"""A common beginning that is computed once gives the logits and gradients of whole texts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_config, silent
+from test_fused_layers import build_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from qlora_moderation.fused_layers import fuse_layers
+from qlora_moderation.layout import MicroBatch, build_micro_batch
+from qlora_moderation.model import ModerationModel
+from qlora_moderation.prefix import measure_prefix
+from qlora_moderation.train import train
+
+CPU = torch.device("cpu")
+TEXTS = [[5, 9, 2, 7, 1], [5, 9, 2, 3], [5, 9, 2, 7, 9, 9, 1], [5, 9, 2, 8]]
+
+
+def build(ids, shared: bool) -> MicroBatch:
+    return build_micro_batch(ids, "packed", 0, CPU, shared)
+
+
+def run(model: ModerationModel, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Logits, and the gradients of their weighted sum."""
+    model.zero_grad()
+    logits = model(batch)
+    (logits * torch.arange(1.0, 1.0 + logits.numel()).view_as(logits)).sum().backward()
+    return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_row_holds_the_beginning_once():
+    batch = build(TEXTS, True)
+    assert batch.input_ids.tolist() == [[5, 9, 2, 7, 1, 3, 7, 9, 9, 1, 8]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 3, 4, 5, 6, 3]]
+    assert batch.last.tolist() == [4, 5, 9, 10]
+    assert batch.segments.lengths == (5, 4, 7, 4) and batch.segments.borders.tolist() == [0, 5, 9, 16, 20]
+    whole = batch.input_ids[0, batch.segments.prefix.places]
+    assert whole.tolist() == [token for text in TEXTS for token in text]
+
+
+@pytest.mark.parametrize(
+    ("texts", "length"),
+    [
+        (TEXTS, 3),
+        ([[1, 2, 3]], 0),
+        ([[1, 2, 3], [2, 2, 3]], 0),
+        ([[1, 2, 3]] * 3, 2),  # each keeps a token of its own
+        ([[1, 2], [1, 2, 3]], 1),
+        ([[1], [1, 2]], 0),
+        ([[1, *range(2, 99)], [1, *range(102, 199)]], 0),  # one token of two hundred does not pay
+    ],
+)
+def test_how_much_is_shared(texts, length):
+    assert measure_prefix([np.array(text) for text in texts]) == length
+    prefix = build(texts, True).segments.prefix
+    assert (prefix.length if prefix else 0) == length
+    assert build(texts, False).segments.prefix is None
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("texts", [TEXTS, [[4, 8, 8]] * 3, [[1, 2], [1, 2, 3]]])
+def test_sharing_changes_neither_logits_nor_gradients(family, fused, texts):
+    model = build_model(family, target_modules="all-linear")
+    if fused:
+        fuse_layers(model.network)
+    (expected, gradients), (logits, found) = (run(model, build(texts, shared)) for shared in (False, True))
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    assert found.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_decoders_whose_last_layer_stays_whole_share_too():
+    model = build_model("llama", target_modules="all-linear")
+    del model.classifier.model.layers[-1].forward
+    model._pools_packed_rows = False
+    (expected, _), (logits, _) = (run(model, build(TEXTS, shared)) for shared in (False, True))
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_products_run_on_the_row_alone():
+    texts, counts = [[7] * 30 + [index] * 10 for index in range(1, 9)], []
+    for shared in (False, True):
+        model = build_model("llama")
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(build(texts, shared))
+        counts.append(counter.get_flop_counts()["Global"][torch.ops.aten.mm])
+    hidden, inner, keys, spared = 64, 128, 32, 7 * 30
+    # one whole layer, and keys and values of the last
+    assert counts[0] - counts[1] == 2 * spared * (2 * hidden * hidden + 2 * hidden * keys * 2 + 3 * hidden * inner)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_training_shares_beginnings_unless_dropout_falls_on_them(llama, rows_file, tmp_path, monkeypatch, dropout):
+    seen: list[MicroBatch] = []
+    whole = ModerationModel.forward
+
+    def watch(self: ModerationModel, batch: MicroBatch) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            seen.append(batch)
+        return whole(self, batch)
+
+    monkeypatch.setattr(ModerationModel, "forward", watch)
+    train(make_config(llama, rows_file, tmp_path / "run", lora_dropout=dropout, max_steps=2), silent)
+    real = [batch for batch in seen if type(batch.input_ids) is torch.Tensor]
+    assert real and all((batch.segments.prefix is None) == bool(dropout) for batch in real)
