@@ -5,7 +5,8 @@
 
 Contenders, in turn in one process, tokenising included: `ours`, score_pairs; `padded`, the whole set padded to its longest text
 and run in batches of 16, as the original predict does; `pipeline`, transformers' text-classification pipeline in batches of 16,
-fed in order of length. The limit is one pass over the linear layers at the speed of this machine's matrix products.
+fed in order of length. The limit is one pass of every real token through the linear layers at the speed of this machine's
+matrix products; ours does not run all of them, so the speed of those that it runs stands beside it.
 """
 
 import argparse
@@ -27,7 +28,15 @@ import numpy as np
 import torch
 import transformers
 from flags import add_common_flags, whole
-from rivals import build_small_llama, count_layer_weights, list_shapes, load_rows, measure_matrix_rate, synchronize
+from rivals import (
+    build_small_llama,
+    count_layer_weights,
+    count_products,
+    list_shapes,
+    load_rows,
+    measure_matrix_rate,
+    synchronize,
+)
 
 from qlora_moderation.adapter import replace_head, set_label_names
 from qlora_moderation.backbone import quiet
@@ -121,6 +130,7 @@ def main():
                 synchronize(device)
                 seconds[job].append(time.perf_counter() - started)
     limit = statistics.median(rates) / (2 * weights)
+    run = count_products(jobs["ours"]) / (2 * weights * tokens)
     order = sorted(lengths, reverse=True)
     sixteen = [order[i : i + 16] for i in range(0, len(order), 16)]
     waste = {
@@ -133,13 +143,15 @@ def main():
         f"{name}, {versions}; {len(texts)} pairs, {tokens / len(texts):.0f} tokens on average, longest {max(lengths)}\n"
     )
     print(
-        "| | pairs/s | real tokens/s | ours is faster by | padded / real | share of product limit | probabilities differ by |"
+        "| | pairs/s | real tokens/s | ours is faster by | padded / real | share of product limit | speed of the products it "
+        "runs | probabilities differ by |"
     )
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|")
     ours, figures = statistics.median(seconds["ours"]), {}
     for job, times in seconds.items():
         spent = statistics.median(times)
         far = float(np.abs(found[job] - found["ours"]).max())
+        share = tokens / spent / limit
         figures[job] = {
             "seconds": spent,
             "tokens_per_second": tokens / spent,
@@ -148,7 +160,7 @@ def main():
         }
         print(
             f"| {job} | {len(texts) / spent:.2f} | {tokens / spent:,.0f} | {spent / ours:.2f} | {waste[job]:.2f} | "
-            f"{tokens / spent / limit:.0%} | {far:.1e} |"
+            f"{share:.0%} | {share * (run if job == 'ours' else waste[job]):.0%} | {far:.1e} |"
         )
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

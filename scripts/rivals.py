@@ -10,12 +10,14 @@ import json
 import random
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from flags import refuse
 from torch.utils.data import Dataset, Sampler
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
@@ -118,6 +120,21 @@ def measure_matrix_rate(shapes: list[tuple[int, int]], device: torch.device) -> 
         flop = 3 * sum(2 * tokens * weight.numel() for _, weight in pairs)
         best = max(best, flop / (time.perf_counter() - started))
     return best
+
+
+def count_products(call: Callable[[], object]) -> int:
+    """Return the floating-point operations of all matrix products in a call, attention left out."""
+    aten = torch.ops.aten
+
+    def count(_: Any, left: torch.Size, right: torch.Size, *others: Any, **options: Any) -> int:
+        return 2 * left[0] * left[1] * right[1]
+
+    # the counter of torch 2.13 does not know products that are added in place
+    with FlopCounterMode(display=False, custom_mapping={aten.addmm_: count}) as counter:
+        call()
+    return sum(
+        counter.get_flop_counts()["Global"].get(operation, 0) for operation in (aten.mm, aten.addmm, aten.addmm_)
+    )
 
 
 def synchronize(device: torch.device) -> None:

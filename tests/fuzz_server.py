@@ -57,6 +57,7 @@ class Engine:
     """An engine without a model, whose logits are lengths of texts."""
 
     token_budget = 64
+    forwards_at_once = 2
     names = TAXONOMY.categories
     classifier = SimpleNamespace(taxonomy=TAXONOMY, thresholds=Thresholds.default(TAXONOMY))
 
@@ -95,7 +96,8 @@ def client() -> TestClient:
     service = Service(CONFIG, Keys(), Engine)  # type: ignore[arg-type]
     made = TestClient(build_app(service), raise_server_exceptions=False).__enter__()
     while made.get("/readyz").status_code != 200:
-        pass
+        if service.failure is not None:
+            raise service.failure
     return made
 
 

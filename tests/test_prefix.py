@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+from unittest.mock import create_autospec
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.attention.varlen
 from conftest import make_config, silent
 from test_fused_layers import build_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from qlora_moderation.attention import _attend_variable_length
 from qlora_moderation.fused_layers import fuse_layers
 from qlora_moderation.layout import MicroBatch, build_micro_batch
 from qlora_moderation.model import ModerationModel
@@ -108,3 +113,31 @@ def test_training_shares_beginnings_unless_dropout_falls_on_them(llama, rows_fil
     train(make_config(llama, rows_file, tmp_path / "run", lora_dropout=dropout, max_steps=2), silent)
     real = [batch for batch in seen if type(batch.input_ids) is torch.Tensor]
     assert real and all((batch.segments.prefix is None) == bool(dropout) for batch in real)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_kernel_for_cuda_is_asked_for_the_same(monkeypatch, shared):
+    """A plain reading of torch's documentation of `varlen_attn` stands in for the kernel, which needs a GPU."""
+
+    def attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size=(-1, -1), is_causal=False):
+        parts = []
+        for q, k in zip(itertools.pairwise(cu_seq_q.tolist()), itertools.pairwise(cu_seq_k.tolist()), strict=True):
+            one, keys, values = query[slice(*q)], key[slice(*k)], value[slice(*k)]
+            assert len(one) <= max_q and len(keys) <= max_k
+            scores = torch.einsum("qhd,khd->hqk", one, keys) * scale
+            if is_causal or window_size == (-1, 0):
+                assert len(one) == len(keys)  # else versions differ in where the diagonal begins
+                scores = scores.masked_fill(torch.ones_like(scores[0], dtype=torch.bool).triu(1), -torch.inf)
+            parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))
+        return torch.cat(parts)
+
+    model, batch = build_model("llama", target_modules="all-linear"), build(TEXTS, shared)
+    expected, gradients = run(model, batch)
+    kernel = create_autospec(torch.nn.attention.varlen.varlen_attn, side_effect=attend)
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", kernel)
+    monkeypatch.setattr("qlora_moderation.attention._attend_by_text", _attend_variable_length)
+    logits, found = run(model, batch)
+    assert kernel.call_count == 2
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-4, rtol=1e-3, msg=name)
