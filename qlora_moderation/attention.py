@@ -102,12 +102,12 @@ def packed_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     half = query.dtype in (torch.float16, torch.bfloat16)
     attend = _attend_variable_length if query.is_cuda and half else _attend_by_text
-    prefix, all_tokens = segments.prefix, query.shape[2] == key.shape[2]
-    if prefix is None:
+    prefixes, all_tokens = segments.prefixes, query.shape[2] == key.shape[2]
+    if prefixes is None:
         return attend(query, key, value, segments, scale), None
-    queries = prefix.spread(query) if all_tokens else query
-    attended = attend(queries, prefix.spread(key), prefix.spread(value), segments, scale)
-    return prefix.collect(attended) if all_tokens else attended, None
+    queries = prefixes.spread(query) if all_tokens else query
+    attended = attend(queries, prefixes.spread(key), prefixes.spread(value), segments, scale)
+    return prefixes.collect(attended) if all_tokens else attended, None
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

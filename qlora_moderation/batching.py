@@ -12,7 +12,7 @@ import functools
 import heapq
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 Layout = Literal["packed", "padded"]
@@ -66,7 +66,43 @@ def micro_batches(
             balanced = _balance(lengths, max_tokens, count)
         bins = balanced
         cost = {id(members): sum(lengths[i] for i in members) for members in bins}
-    # micro-batches of like cost run at the same time on all ranks, and the order turns so that none always has the largest
+    return _deal(bins, cost, world_size)
+
+
+def micro_batches_by_prefix(
+    lengths: Sequence[int], shared: Sequence[int], max_tokens: int, world_size: int = 1
+) -> list[list[list[int]]]:
+    """Deal texts that stand in the order of their tokens, so that common prefixes stay together and count once.
+
+    Args:
+        lengths: tokens of each text.
+        shared: tokens that each has in common with the one before it.
+        max_tokens: most tokens of a micro-batch, a quarter of what its whole texts may have; a text above it stands alone.
+        world_size: number of ranks.
+
+    Returns:
+        As `micro_batches`.
+    """
+
+    def cut(most: int) -> list[list[int]]:
+        bins: list[list[int]] = []
+        tokens = whole = 0
+        for i, (length, common) in enumerate(zip(lengths, shared, strict=True)):
+            if not bins or tokens + length - common > most or whole + length > 4 * max_tokens:
+                bins.append([])
+                tokens = whole = common = 0
+            bins[-1].append(i)
+            tokens, whole = tokens + length - common, whole + length
+        return bins
+
+    count = math.ceil(len(cut(max_tokens)) / world_size) * world_size
+    bins = _cut_smallest(cut, max_tokens, count)
+    cost = {id(members): sum(lengths[i] - shared[i] for i in members) + shared[members[0]] for members in bins}
+    return _deal(bins, cost, world_size)
+
+
+def _deal(bins: list[list[int]], cost: Mapping[int, int], world_size: int) -> list[list[list[int]]]:
+    """Give micro-batches of like cost to all ranks at the same time, in turning order, so that none always has the largest."""
     bins.sort(key=lambda members: -cost[id(members)])
     bins.extend([] for _ in range(-len(bins) % world_size))
     rounds = [bins[start : start + world_size] for start in range(0, len(bins), world_size)]
@@ -74,16 +110,21 @@ def micro_batches(
     return [[members[rank] for members in turned] for rank in range(world_size)]
 
 
-def _cut_evenly(lengths: Sequence[int], max_tokens: int, count: int) -> list[list[int]]:
-    """Cut texts sorted by length into `count` padded micro-batches whose largest is as small as can be."""
-    low, high = 1, max_tokens
+def _cut_smallest(cut: Callable[[int], list[list[int]]], most: int, count: int) -> list[list[int]]:
+    """Cut with the smallest limit up to `most` that gives at most `count` micro-batches."""
+    low, high = 1, most
     while low < high:
         middle = (low + high) // 2
-        if len(_cut_padded(lengths, middle)) <= count:
+        if len(cut(middle)) <= count:
             high = middle
         else:
             low = middle + 1
-    bins = _cut_padded(lengths, high)
+    return cut(high)
+
+
+def _cut_evenly(lengths: Sequence[int], max_tokens: int, count: int) -> list[list[int]]:
+    """Cut texts sorted by length into `count` padded micro-batches whose largest is as small as can be."""
+    bins = _cut_smallest(lambda most: _cut_padded(lengths, most), max_tokens, count)
     while len(bins) < count:
         largest = max(bins, key=len)
         bins.remove(largest)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from qlora_moderation.batching import Layout
-from qlora_moderation.prefix import SharedPrefix, measure_prefix, share_prefix
+from qlora_moderation.prefix import SharedPrefixes, share_prefixes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +24,13 @@ class Segments:
         lengths: of the whole texts, on the host.
         borders: [S + 1] where the whole texts begin and end, one after the other, for CUDA kernels.
         last: [S] place of each text's last token in the row.
-        prefix: where the row holds a common beginning once; None: it holds whole texts.
+        prefixes: where the row holds common prefixes once; None: it holds whole texts.
     """
 
     lengths: tuple[int, ...]
     borders: torch.Tensor
     last: torch.Tensor
-    prefix: SharedPrefix | None = None
+    prefixes: SharedPrefixes | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ def build_micro_batch(
     layout: Layout,
     pad_id: int,
     device: torch.device,
-    share_beginnings: bool = False,
+    shares: bool = False,
 ) -> MicroBatch:
     """Lay S texts out as one packed row or as padded rows.
 
@@ -73,12 +73,12 @@ def build_micro_batch(
         layout: `packed` or `padded`.
         pad_id: fills padded rows.
         device: to put them on.
-        share_beginnings: let a packed row hold what all texts begin with once; dropout would then fall on it once, too.
+        shares: let a packed row hold common prefixes once; dropout would then fall on them once, too.
     """
     texts = [np.asarray(text, dtype=np.int64) for text in ids]
     lengths = [len(text) for text in texts]
     if layout == "packed":
-        return _pack(texts, lengths, device, measure_prefix(texts) if share_beginnings else 0)
+        return _pack(texts, lengths, device, share_prefixes(texts) if shares else None)
     longest = max(lengths)
     rows = torch.full((len(texts), longest), pad_id)
     for row, text in zip(rows, texts, strict=True):
@@ -91,18 +91,19 @@ def build_micro_batch(
     )
 
 
-def _pack(texts: list[np.ndarray], lengths: list[int], device: torch.device, shared: int) -> MicroBatch:
+def _pack(
+    texts: list[np.ndarray], lengths: list[int], device: torch.device, prefixes: SharedPrefixes | None
+) -> MicroBatch:
     row, positions = np.concatenate(texts), np.concatenate([np.arange(length) for length in lengths])
     borders = torch.tensor([0, *itertools.accumulate(lengths)])
-    last, prefix = borders[1:] - 1, None
-    if shared:
-        prefix = share_prefix(lengths, shared)
-        row, positions, last = row[prefix.origins], positions[prefix.origins], prefix.places[last]
-        prefix = prefix.map(lambda tensor: send(tensor, device))
+    last = borders[1:] - 1
+    if prefixes is not None:
+        row, positions, last = row[prefixes.origins], positions[prefixes.origins], prefixes.places[last]
+        prefixes = prefixes.map(lambda tensor: send(tensor, device))
     last = send(last, device)
     return MicroBatch(
         input_ids=send(torch.from_numpy(row)[None], device),
         position_ids=send(torch.from_numpy(positions)[None], device),
         last=last,
-        segments=Segments(tuple(lengths), send(borders.int(), device), last, prefix),
+        segments=Segments(tuple(lengths), send(borders.int(), device), last, prefixes),
     )

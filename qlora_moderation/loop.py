@@ -197,7 +197,7 @@ class Loop:
                 continue
             chosen = [members[i] for i in positions or [lengths.index(min(lengths))]]
             rows = [ids[i] for i in chosen]
-            batch = build_micro_batch(rows, classifier.layout, classifier.pad_id, self.device, not draws)
+            batch = build_micro_batch(rows, classifier.layout, classifier.pad_id, self.device, shares=not draws)
             labels, weight = send(self.labels[chosen], self.device), send(self.weight[chosen], self.device)
             sharding.before_backward(classifier.model, last=index == len(mine) - 1)
             # a filler has weight 0 and only keeps this rank in step with the others

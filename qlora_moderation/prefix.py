@@ -1,15 +1,17 @@
-"""The beginning that all texts of a packed row share, computed once.
+"""Beginnings that texts of a packed row share, computed once.
 
-In: token ids of S texts. Out: a row that holds their common prefix once, and the way to each whole text and back. Step 5 to 6.
+In: token ids of S texts. Out: a row that holds each common prefix once, and the way to the whole texts and back. Step 5 to 6.
 
-Every text begins with the template, so under causal attention its first tokens have the same hidden states in all of them:
-about a tenth of BeaverTails' tokens, and more where several answers to one question stand together. Products, norms and
-feed-forward parts run on the row; attention alone runs on whole texts. Logits and gradients are those of whole texts.
+Every text begins with the template, and several answers may stand under one question; under causal attention the hidden states
+of a common prefix are the same in all of its texts. Products, norms and feed-forward parts run on the row, attention alone on
+whole texts. Logits and gradients are those of whole texts. BeaverTails' tokens become 8 % fewer in a step of 64 random pairs,
+12 % in scoring; Do-Not-Answer's, with six answers to each question, 15 %.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,17 +23,15 @@ _LEAST_SPARED = 0.02  # of all tokens: what going to whole texts and back costs 
 
 
 @dataclasses.dataclass(frozen=True)
-class SharedPrefix:
-    """Where the F tokens of S whole texts lie in a row of T = F - (S - 1) P tokens: the prefix, then the rest of each text.
+class SharedPrefixes:
+    """Where the F tokens of S whole texts, one after the other, lie in a row of T tokens.
 
     Attributes:
-        length: P, tokens of the prefix.
-        places: [F] place in the row of each token of the texts, one text after the other.
-        origins: [T] for each token of the row its place in those texts; for the prefix, that in the first text.
-        copies: [(S - 1) P] places in those texts of the prefix, in all but the first text.
+        places: [F] place in the row of each token of the texts.
+        origins: [T] place in the texts of each token of the row.
+        copies: [F - T] places in the texts of tokens that stand in the row for another text.
     """
 
-    length: int
     places: torch.Tensor
     origins: torch.Tensor
     copies: torch.Tensor
@@ -46,59 +46,64 @@ class SharedPrefix:
         collected: Any = _Collect.apply(texts[0], self)
         return collected[None]
 
-    def map(self, move: Callable[[torch.Tensor], torch.Tensor]) -> SharedPrefix:
+    def map(self, move: Callable[[torch.Tensor], torch.Tensor]) -> SharedPrefixes:
         """Return the same with each tensor moved."""
-        return SharedPrefix(self.length, move(self.places), move(self.origins), move(self.copies))
+        return SharedPrefixes(move(self.places), move(self.origins), move(self.copies))
 
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, row: torch.Tensor, prefix: SharedPrefix) -> torch.Tensor:
-        ctx.prefix = prefix
-        return row.index_select(0, prefix.places)
+    def forward(ctx: Any, row: torch.Tensor, prefixes: SharedPrefixes) -> torch.Tensor:
+        ctx.prefixes = prefixes
+        return row.index_select(0, prefixes.places)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_texts: torch.Tensor) -> tuple[torch.Tensor, None]:
-        prefix = ctx.prefix
-        d_row = d_texts.index_select(0, prefix.origins)
-        copies = d_texts.index_select(0, prefix.copies).unflatten(0, (-1, prefix.length))
-        d_row[: prefix.length] += copies.sum(0, dtype=torch.float32).to(d_row.dtype)
-        return d_row, None
+        prefixes = ctx.prefixes
+        d_row = d_texts.index_select(0, prefixes.origins)
+        if not len(prefixes.copies):
+            return d_row, None
+        targets, copies = prefixes.places[prefixes.copies], d_texts.index_select(0, prefixes.copies)
+        return d_row.float().index_add_(0, targets, copies.float()).to(d_row.dtype), None
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, texts: torch.Tensor, prefix: SharedPrefix) -> torch.Tensor:
-        ctx.prefix = prefix
-        return texts.index_select(0, prefix.origins)
+    def forward(ctx: Any, texts: torch.Tensor, prefixes: SharedPrefixes) -> torch.Tensor:
+        ctx.prefixes = prefixes
+        return texts.index_select(0, prefixes.origins)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_row: torch.Tensor) -> tuple[torch.Tensor, None]:
         # what the other texts say of the prefix is not read
-        return d_row.index_select(0, ctx.prefix.places).index_fill_(0, ctx.prefix.copies, 0.0), None
+        return d_row.index_select(0, ctx.prefixes.places).index_fill_(0, ctx.prefixes.copies, 0.0), None
 
 
-def measure_prefix(ids: Sequence[np.ndarray]) -> int:
-    """Return how many tokens all texts begin with, each keeping one of its own; 0 where sharing them would not pay."""
-    most = min(map(len, ids)) - 1
-    if len(ids) == 1 or most < 1:
-        return 0
-    beginnings = np.stack([text[:most] for text in ids])
-    differ = (beginnings != beginnings[0]).any(axis=0)
-    length = int(differ.argmax()) if differ.any() else most
-    return length if length * (len(ids) - 1) >= _LEAST_SPARED * sum(map(len, ids)) else 0
+def order_by_prefix(ids: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
+    """Return the texts in the order of their tokens, and how many each shares with the one before it, all but its last."""
+    order = sorted(range(len(ids)), key=lambda i: ids[i].tolist())
+    shared = [0]
+    for before, after in itertools.pairwise(order):
+        most = min(len(ids[before]), len(ids[after])) - 1
+        differ = ids[before][:most] != ids[after][:most]
+        shared.append(int(differ.argmax()) if differ.any() else most)
+    return order, shared
 
 
-def share_prefix(lengths: Sequence[int], length: int) -> SharedPrefix:
-    """Return where the tokens of texts of these lengths lie, on the host."""
+def share_prefixes(ids: Sequence[np.ndarray]) -> SharedPrefixes | None:
+    """Return where the tokens lie, on the host; None where sharing them would not pay."""
+    order, shared = order_by_prefix(ids)
+    lengths = [len(text) for text in ids]
+    if sum(shared) <= _LEAST_SPARED * sum(lengths):
+        return None
     starts = np.cumsum([0, *lengths[:-1]])
-    copies = (starts[1:, None] + np.arange(length)).reshape(-1)
     is_copy = np.zeros(sum(lengths), dtype=bool)
-    is_copy[copies] = True
-    origins = np.flatnonzero(~is_copy)
-    places = np.empty(len(is_copy), dtype=np.int64)
+    for index, length in zip(order, shared, strict=True):
+        is_copy[starts[index] : starts[index] + length] = True
+    origins, places = np.flatnonzero(~is_copy), np.empty(len(is_copy), dtype=np.int64)
     places[origins] = np.arange(len(origins))
-    places[copies] = np.tile(np.arange(length), len(lengths) - 1)
-    return SharedPrefix(length, *(torch.from_numpy(part) for part in (places, origins, copies)))
+    for before, after, length in zip(order, order[1:], shared[1:], strict=False):
+        places[starts[after] : starts[after] + length] = places[starts[before] : starts[before] + length]
+    return SharedPrefixes(*(torch.from_numpy(part) for part in (places, origins, np.flatnonzero(is_copy))))

@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from qlora_moderation.batching import micro_batches
+from qlora_moderation.batching import micro_batches, micro_batches_by_prefix
 from qlora_moderation.classifier import Classifier
 from qlora_moderation.distributed import rank, sum_over_ranks, world_size
 from qlora_moderation.errors import CheckpointError
 from qlora_moderation.layout import build_micro_batch, send
+from qlora_moderation.prefix import order_by_prefix
 from qlora_moderation.sharding import reshard
 from qlora_moderation.tokenization import Window
 
@@ -163,11 +164,11 @@ def score_windows(
     found: list[torch.Tensor] = []
     order: list[int] = []
     shortest = min(range(len(lengths)), key=lengths.__getitem__)
-    for members in micro_batches(lengths, budget, classifier.layout, world_size())[rank()]:
+    for members in _deal_windows(classifier, windows, lengths, budget):
         if not members and not classifier.sharding.needs_fillers:
             continue
         ids = [windows[i].ids for i in members or [shortest]]
-        scored = classifier.model(build_micro_batch(ids, classifier.layout, classifier.pad_id, device, True))
+        scored = classifier.model(build_micro_batch(ids, classifier.layout, classifier.pad_id, device, shares=True))
         if members:
             found.append(scored)
             order += members
@@ -178,3 +179,14 @@ def score_windows(
     if found:
         logits[send(torch.tensor(order), device)] = torch.cat(found)
     return sum_over_ranks(logits).cpu().numpy()
+
+
+def _deal_windows(
+    classifier: Classifier, windows: Sequence[Window], lengths: list[int], budget: int
+) -> list[list[int]]:
+    """Return the micro-batches of this rank; in packed rows, answers to one question stand together."""
+    if classifier.layout == "padded":
+        return micro_batches(lengths, budget, "padded", world_size())[rank()]
+    order, shared = order_by_prefix([np.asarray(window.ids) for window in windows])
+    dealt = micro_batches_by_prefix([lengths[i] for i in order], shared, budget, world_size())[rank()]
+    return [[order[i] for i in members] for members in dealt]

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from qlora_moderation.batching import count_steps, epoch_order, micro_batches, step_batch
+from qlora_moderation.batching import count_steps, epoch_order, micro_batches, micro_batches_by_prefix, step_batch
 
 CASES = range(300)
 
@@ -133,3 +133,28 @@ def test_an_order_is_random():
 def test_the_order_is_written_down():
     """A change would silently change what every resumed run learns."""
     assert epoch_order(8, 42, 0) == (1, 7, 2, 3, 5, 6, 4, 0)
+
+
+def test_common_prefixes_stay_together_and_count_once():
+    lengths, shared = [10, 10, 10, 10, 10, 10], [0, 8, 8, 0, 8, 8]
+    assert micro_batches_by_prefix(lengths, shared, 14) == [[[0, 1, 2], [3, 4, 5]]]
+    assert micro_batches_by_prefix(lengths, shared, 28) == [[[0, 1, 2, 3, 4, 5]]]
+    assert micro_batches_by_prefix(lengths, shared, 28, 2) == [[[0, 1, 2]], [[3, 4, 5]]]
+    assert micro_batches_by_prefix([30] * 10, [0] + [29] * 9, 40) == [[[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]]  # 160 in all
+    assert micro_batches_by_prefix([50, 1], [0, 0], 10) == [[[0], [1]]]
+
+
+def test_micro_batches_by_prefix_hold_every_text_once_within_the_budget():
+    rng = random.Random(0)
+    for _ in range(300):
+        lengths = [rng.randint(1, 30) for _ in range(rng.randint(1, 40))]
+        shared = [0, *(rng.randint(0, min(a, b) - 1) for a, b in itertools.pairwise(lengths))]
+        budget, ranks = rng.randint(1, 60), rng.randint(1, 4)
+        dealt = micro_batches_by_prefix(lengths, shared, budget, ranks)
+        assert len({len(mine) for mine in dealt}) == 1
+        bins = [members for mine in dealt for members in mine if members]
+        assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
+        for members in bins:
+            assert members == list(range(members[0], members[-1] + 1))
+            tokens = sum(lengths[i] - shared[i] for i in members) + shared[members[0]]
+            assert len(members) == 1 or (tokens <= budget and sum(lengths[i] for i in members) <= 4 * budget)

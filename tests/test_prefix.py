@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from unittest.mock import create_autospec
 
 import numpy as np
@@ -17,7 +18,6 @@ from qlora_moderation.attention import _attend_variable_length
 from qlora_moderation.fused_layers import fuse_layers
 from qlora_moderation.layout import MicroBatch, build_micro_batch
 from qlora_moderation.model import ModerationModel
-from qlora_moderation.prefix import measure_prefix
 from qlora_moderation.train import train
 
 CPU = torch.device("cpu")
@@ -36,38 +36,47 @@ def run(model: ModerationModel, batch: MicroBatch) -> tuple[torch.Tensor, dict[s
     return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def test_a_row_holds_the_beginning_once():
-    batch = build(TEXTS, True)
-    assert batch.input_ids.tolist() == [[5, 9, 2, 7, 1, 3, 7, 9, 9, 1, 8]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 3, 4, 5, 6, 3]]
-    assert batch.last.tolist() == [4, 5, 9, 10]
-    assert batch.segments.lengths == (5, 4, 7, 4) and batch.segments.borders.tolist() == [0, 5, 9, 16, 20]
-    whole = batch.input_ids[0, batch.segments.prefix.places]
-    assert whole.tolist() == [token for text in TEXTS for token in text]
+def test_a_row_holds_each_beginning_once():
+    batch = build([[5, 9, 2, 7, 1], [5, 9, 2, 3], [5, 9, 2, 7, 9, 9, 1], [8, 8], [8, 8, 8]], True)
+    assert batch.input_ids.tolist() == [
+        [7, 1, 5, 9, 2, 3, 9, 9, 1, 8, 8, 8, 8]
+    ]  # with the text that comes first by its tokens
+    assert batch.position_ids.tolist() == [[3, 4, 0, 1, 2, 3, 4, 5, 6, 0, 1, 1, 2]]
+    assert batch.last.tolist() == [1, 5, 8, 10, 12]
+    assert batch.segments.lengths == (5, 4, 7, 2, 3) and batch.segments.borders.tolist() == [0, 5, 9, 16, 18, 21]
 
 
-@pytest.mark.parametrize(
-    ("texts", "length"),
-    [
-        (TEXTS, 3),
-        ([[1, 2, 3]], 0),
-        ([[1, 2, 3], [2, 2, 3]], 0),
-        ([[1, 2, 3]] * 3, 2),  # each keeps a token of its own
-        ([[1, 2], [1, 2, 3]], 1),
-        ([[1], [1, 2]], 0),
-        ([[1, *range(2, 99)], [1, *range(102, 199)]], 0),  # one token of two hundred does not pay
-    ],
-)
-def test_how_much_is_shared(texts, length):
-    assert measure_prefix([np.array(text) for text in texts]) == length
-    prefix = build(texts, True).segments.prefix
-    assert (prefix.length if prefix else 0) == length
-    assert build(texts, False).segments.prefix is None
+def test_places_lead_from_the_row_to_the_whole_texts_and_back():
+    rng = random.Random(0)
+    for _ in range(200):
+        texts = [[rng.randint(0, 2) for _ in range(rng.randint(1, 9))] for _ in range(rng.randint(2, 12))]
+        texts = [text[:6] for text in texts] + texts[:3]
+        batch, whole = build(texts, True), build(texts, False)
+        prefixes = batch.segments.prefixes
+        assert prefixes is not None
+        places, origins, copies = (part.numpy() for part in (prefixes.places, prefixes.origins, prefixes.copies))
+        assert (batch.input_ids[0, places] == whole.input_ids[0]).all()
+        assert (batch.position_ids[0, places] == whole.position_ids[0]).all()
+        assert (places[origins] == np.arange(len(origins))).all()
+        assert sorted([*origins, *copies]) == list(range(whole.input_ids.shape[1]))
+        assert len(set(batch.last.tolist())) == len(texts)  # each text has a token of its own
+        assert (places[whole.last.numpy()] == batch.last.numpy()).all()
+        beginnings = {tuple(text[: index + 1]) for text in texts for index in range(len(text) - 1)}
+        assert len(origins) <= len(beginnings) + len(texts)
+
+
+def test_nothing_is_shared_where_it_would_not_pay():
+    for texts in ([[1, 2, 3]], [[1, 2, 3], [2, 2, 3]], [[1], [1, 2]], [[1, *range(2, 99)], [1, *range(102, 199)]]):
+        assert build(texts, True).segments.prefixes is None
+    assert build([[1, 2], [1, 2, 3]], True).segments.prefixes is not None
+    assert build(TEXTS, False).segments.prefixes is None
 
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("texts", [TEXTS, [[4, 8, 8]] * 3, [[1, 2], [1, 2, 3]]])
+@pytest.mark.parametrize(
+    "texts", [TEXTS, [[4, 8, 8]] * 3, [[1, 2], [1, 2, 3]], [[9], [8, 8], [8, 8, 1], [5, 9, 2], [5, 9]]]
+)
 def test_sharing_changes_neither_logits_nor_gradients(family, fused, texts):
     model = build_model(family, target_modules="all-linear")
     if fused:
@@ -112,7 +121,7 @@ def test_training_shares_beginnings_unless_dropout_falls_on_them(llama, rows_fil
     monkeypatch.setattr(ModerationModel, "forward", watch)
     train(make_config(llama, rows_file, tmp_path / "run", lora_dropout=dropout, max_steps=2), silent)
     real = [batch for batch in seen if type(batch.input_ids) is torch.Tensor]
-    assert real and all((batch.segments.prefix is None) == bool(dropout) for batch in real)
+    assert real and all((batch.segments.prefixes is None) == bool(dropout) for batch in real)
 
 
 @pytest.mark.parametrize("shared", [False, True])
