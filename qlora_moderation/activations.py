@@ -29,9 +29,8 @@ from qlora_moderation.model import ModerationModel
 from qlora_moderation.recomputation import Recomputation, recompute_layers
 
 COUNTED_ATTENTION = "qlora_moderation_counted"
-_SHORT = (
-    3  # layers that show what one more costs: the first passes no gradients on, the last is read at few tokens only
-)
+# layers that show what one more costs: the first passes no gradients on, the last reads few tokens
+_SHORT = 3
 
 
 class EstimateError(ModerationError):

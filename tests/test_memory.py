@@ -168,9 +168,10 @@ def test_activations_grow_with_the_tokens(device, llama, build):
     assert four.peak == pytest.approx(2 * two.peak, rel=0.1)  # temporaries as large as a weight do not grow
 
 
-@pytest.mark.parametrize(("which", "layers"), [("none", 5), ("selective", 5), ("selective", 6), ("all", 4)])
-def test_two_short_networks_tell_of_a_deep_one(which, layers, llama, build):
-    deep = half_precision(build(llama)).with_layers(layers)
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(("which", "layers"), [("none", 6), ("selective", 6), ("selective", 7), ("all", 6)])
+def test_two_short_networks_tell_of_a_deep_one(method, which, layers, llama, build):
+    deep = half_precision(build(llama, method=method)).with_layers(layers)
     assert compute_activations(deep, which, 128, "cuda") == run_step(deep, which, 128, "cuda", gathered=False)
 
 

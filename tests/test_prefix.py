@@ -14,10 +14,12 @@ from conftest import make_config, silent
 from test_fused_layers import build_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from qlora_moderation import QAModeration
 from qlora_moderation.attention import _attend_variable_length
 from qlora_moderation.fused_layers import fuse_layers
 from qlora_moderation.layout import MicroBatch, build_micro_batch
 from qlora_moderation.model import ModerationModel
+from qlora_moderation.scoring import score_pairs
 from qlora_moderation.train import train
 
 CPU = torch.device("cpu")
@@ -106,6 +108,24 @@ def test_products_run_on_the_row_alone():
     hidden, inner, keys, spared = 64, 128, 32, 7 * 30
     # one whole layer, and keys and values of the last
     assert counts[0] - counts[1] == 2 * spared * (2 * hidden * hidden + 2 * hidden * keys * 2 + 3 * hidden * inner)
+
+
+def test_scoring_keeps_answers_to_one_question_together(runs, monkeypatch):
+    moderation = QAModeration.from_pretrained(runs["lora"].weights, use_cpu=True)
+    pairs = [(f"{name} " * 20, f"{name} {number}") for number in range(6) for name in ("How", "Why", "Who", "What")]
+    rows: list[int] = []
+    whole = ModerationModel.forward
+
+    def watch(self: ModerationModel, batch: MicroBatch) -> torch.Tensor:
+        rows.append(batch.input_ids.shape[1])
+        return whole(self, batch)
+
+    monkeypatch.setattr(ModerationModel, "forward", watch)
+    texts = [[question for question, _ in pairs], [answer for _, answer in pairs]]
+    scores = score_pairs(moderation.classifier, *texts, max_tokens=150)
+    assert max(rows) <= 150 and sum(rows) < scores.tokens / 2
+    alone = [score_pairs(moderation.classifier, [question], [answer]).logits[0] for question, answer in pairs]
+    np.testing.assert_allclose(scores.logits, alone, atol=1e-5)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
