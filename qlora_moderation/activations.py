@@ -43,11 +43,17 @@ class Activations:
 
     Attributes:
         kept: held between the forward and the backward pass.
-        peak: the most that is held at any moment, temporaries included.
+        forward, backward: the most that is held at any moment of each, temporaries included.
     """
 
     kept: int
-    peak: int
+    forward: int
+    backward: int
+
+    @property
+    def peak(self) -> int:
+        """The most that is held at any moment."""
+        return max(self.forward, self.backward)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -111,7 +117,9 @@ def compute_activations(
         for layers in (short, short + stride)
     )
     times = (whole - short) // stride
-    return Activations(one.kept + times * (more.kept - one.kept), one.peak + times * (more.peak - one.peak))
+    # with more layers the peak may move from one pass to the other, but each grows evenly
+    pairs = zip(dataclasses.astuple(one), dataclasses.astuple(more), strict=True)
+    return Activations(*(first + times * (second - first) for first, second in pairs))
 
 
 def run_step(
@@ -142,13 +150,14 @@ def run_step(
         try:
             with _unheard(), LiveBytes(known) as bytes_:
                 loss = compute_loss(model(seen), labels, weight, 1.0)
-                kept = bytes_.live
+                kept, forward = bytes_.live, bytes_.peak
+                bytes_.peak = kept
                 loss.backward()
         except Exception as error:  # of torch, transformers and PEFT, for operations that need values
             raise EstimateError(
                 f"{blueprint.spec.name}: its activations cannot be counted without data ({brief(error)})"
             ) from None
-    return Activations(kept, bytes_.peak)
+    return Activations(kept, forward, bytes_.peak)
 
 
 @contextlib.contextmanager

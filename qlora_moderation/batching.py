@@ -77,7 +77,7 @@ def micro_batches_by_prefix(
     Args:
         lengths: tokens of each text.
         shared: tokens that each has in common with the one before it.
-        max_tokens: most tokens of a micro-batch, a quarter of what its whole texts may have; a text above it stands alone.
+        max_tokens: most tokens of a micro-batch, half of what its whole texts may have; a text above it stands alone.
         world_size: number of ranks.
 
     Returns:
@@ -88,7 +88,7 @@ def micro_batches_by_prefix(
         bins: list[list[int]] = []
         tokens = whole = 0
         for i, (length, common) in enumerate(zip(lengths, shared, strict=True)):
-            if not bins or tokens + length - common > most or whole + length > 4 * max_tokens:
+            if not bins or tokens + length - common > most or whole + length > 2 * max_tokens:
                 bins.append([])
                 tokens = whole = common = 0
             bins[-1].append(i)

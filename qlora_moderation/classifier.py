@@ -120,6 +120,11 @@ def check_max_length(spec: bb.BackboneSpec, max_length: int) -> None:
     limit = getattr(spec.config, "max_position_embeddings", None)
     if limit is not None and spec.config.model_type in ("roberta", "xlm-roberta", "camembert"):
         limit -= 2  # positions start behind the padding index
+    rope = getattr(spec.config, "rope_parameters", None) or {}
+    if limit is not None and rope.get("rope_type") == "longrope":
+        # beyond, the longest text decides how the positions of all texts beside it are turned
+        original = rope.get("original_max_position_embeddings") or spec.config.original_max_position_embeddings
+        limit = min(limit, original)
     if limit is not None and max_length > limit:
         raise CheckpointError(f"{spec.name}: reads at most {limit} tokens; lower --max_length {max_length}")
 

@@ -211,7 +211,7 @@ def fuse_layers(network: nn.Module) -> int:
     count = 0
     for module in network.modules():
         run = _choose(module)
-        if run is not None:
+        if run is not None and "forward" not in vars(module):
             module.forward = types.MethodType(run, module)
             count += 1
     return count

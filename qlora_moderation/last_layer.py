@@ -18,29 +18,30 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import rotate_half
 
 from qlora_moderation.layout import Segments
-from qlora_moderation.recomputation import find_layer_list
 
 _LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
+_ATTENTIONS = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}
 
 
 def shorten_last_layer(network: nn.Module) -> bool:
     """Let the last decoder layer return the last token of each text of a packed row; other layouts run as they stand.
 
     Args:
-        network: a stock classifier, or PEFT's wrapper around one.
+        network: a stock classifier, or PEFT's wrapper around one; layers that were fused stay so.
 
     Returns:
-        Whether the kind of layer is known. If so, a packed row's hidden states are [1, S, H].
+        Whether the layer is of a known kind. If so, a packed row's hidden states are [1, S, H].
     """
-    layers = [module for module in network.modules() if type(module).__name__ in _LAYERS]
-    if not layers:
+    layers: list[Any] = [module for module in network.modules() if type(module).__name__ in _LAYERS]
+    if not layers or type(layers[-1].self_attn).__name__ not in _ATTENTIONS:
         return False
-    last: Any = find_layer_list(network)[-1]
-    last.forward = types.MethodType(_run_last_layer, last)
+    layer = layers[-1]
+    layer.forward = types.MethodType(_run_layer, layer)
+    layer.self_attn.forward = types.MethodType(_run_attention, layer.self_attn)
     return True
 
 
-def _run_last_layer(
+def _run_layer(
     self: Any,
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
@@ -48,38 +49,43 @@ def _run_last_layer(
     segments: Segments | None = None,
     **keywords: Any,
 ) -> torch.Tensor:
-    if segments is None or position_embeddings is None:
-        return type(self).forward(
-            self, hidden_states, attention_mask, position_embeddings=position_embeddings, **keywords
-        )
-    last = segments.last
-    x = self.input_layernorm(hidden_states)
-    attended = _attend_from(self.self_attn, x, last, position_embeddings, segments)
-    y = hidden_states.index_select(1, last) + attended
+    ours = (
+        getattr(self.self_attn.forward, "__func__", None) is _run_attention
+    )  # an adapter may have come around it since
+    if segments is None or position_embeddings is None or not ours:
+        more = keywords if segments is None else {**keywords, "segments": segments}
+        return type(self).forward(self, hidden_states, attention_mask, position_embeddings=position_embeddings, **more)
+    attended, _ = self.self_attn(
+        self.input_layernorm(hidden_states), position_embeddings, None, segments=segments, last_alone=True
+    )
+    y = hidden_states.index_select(1, segments.last) + attended
     return y + self.mlp(self.post_attention_layernorm(y))
 
 
-def _attend_from(
-    attention: Any,
-    x: torch.Tensor,
-    last: torch.Tensor,
+def _run_attention(
+    self: Any,
+    hidden_states: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    segments: Segments,
-) -> torch.Tensor:
-    """Return what S tokens of [1, T, H] gather from their texts: [1, S, H]."""
+    attention_mask: torch.Tensor | None = None,
+    last_alone: bool = False,
+    **keywords: Any,
+) -> tuple[torch.Tensor, Any]:
+    """Return what the last tokens of S texts gather from their texts, [1, S, H]; without `last_alone`, what all tokens do."""
+    if not last_alone:
+        return type(self).forward(self, hidden_states, position_embeddings, attention_mask, **keywords)
+    segments: Segments = keywords["segments"]
+    last, x = segments.last, hidden_states
     cos, sin = (part[:, None] for part in position_embeddings)
     queries, keys, values = (
-        y.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-        for y in (attention.q_proj(x.index_select(1, last)), attention.k_proj(x), attention.v_proj(x))
+        y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        for y in (self.q_proj(x.index_select(1, last)), self.k_proj(x), self.v_proj(x))
     )
     queries = _rotate(queries, cos.index_select(2, last), sin.index_select(2, last))
     keys = _rotate(keys, cos, sin)
-    dropout = attention.attention_dropout if attention.training else 0.0
-    attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
-    attended, _ = attend(
-        attention, queries, keys, values, None, scaling=attention.scaling, dropout=dropout, segments=segments
-    )
-    return attention.o_proj(attended.flatten(2))
+    dropout = self.attention_dropout if self.training else 0.0
+    attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+    attended, _ = attend(self, queries, keys, values, None, scaling=self.scaling, dropout=dropout, segments=segments)
+    return self.o_proj(attended.flatten(2)), None
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

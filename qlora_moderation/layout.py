@@ -39,10 +39,10 @@ class MicroBatch:
 
     Attributes:
         input_ids: [1, T] packed, [S, L] padded on the right.
-        position_ids: like `input_ids`; restarts at 0 for each text of a packed row.
+        position_ids: like `input_ids`: the place of each token in its text.
         last: [S] position of each text's last token: in the row when packed, in its own row when padded.
         attention_mask: [S, L] when padded, None when packed.
-        segments: borders of a packed row, None when padded.
+        segments: the texts of a packed row, None when padded.
     """
 
     input_ids: torch.Tensor

@@ -50,7 +50,8 @@ class ModerationModel(nn.Module):
         self.is_encoder = is_encoder
         self.device = device
         self.autocast_dtype = autocast_dtype
-        self._pools_packed_rows = not is_encoder and shorten_last_layer(network)
+        if not is_encoder:
+            shorten_last_layer(network)
 
     @property
     def classifier(self) -> PreTrainedModel:
@@ -77,8 +78,8 @@ class ModerationModel(nn.Module):
             ).last_hidden_state
         if batch.segments is None:
             pooled = hidden[torch.arange(len(batch.last), device=hidden.device), batch.last]
-        else:
-            pooled = hidden[0] if self._pools_packed_rows else hidden[0, batch.last]
+        else:  # the last layer may have returned the last tokens alone
+            pooled = hidden[0] if hidden.shape[1] == len(batch.last) else hidden[0, batch.last]
         with torch.autocast(pooled.device.type, enabled=False):
             return classifier.score(pooled.float())
 

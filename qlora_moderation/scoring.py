@@ -184,9 +184,10 @@ def score_windows(
 def _deal_windows(
     classifier: Classifier, windows: Sequence[Window], lengths: list[int], budget: int
 ) -> list[list[int]]:
-    """Return the micro-batches of this rank; in packed rows, answers to one question stand together."""
+    """Return the micro-batches of this rank; in packed rows answers to one question stand together, unless that takes more."""
+    plain = micro_batches(lengths, budget, classifier.layout, world_size())[rank()]
     if classifier.layout == "padded":
-        return micro_batches(lengths, budget, "padded", world_size())[rank()]
+        return plain
     order, shared = order_by_prefix([np.asarray(window.ids) for window in windows])
     dealt = micro_batches_by_prefix([lengths[i] for i in order], shared, budget, world_size())[rank()]
-    return [[order[i] for i in members] for members in dealt]
+    return plain if len(plain) < len(dealt) else [[order[i] for i in members] for members in dealt]

@@ -44,18 +44,23 @@ def test_law_1_holds_where_a_step_has_fewer_texts_than_there_are_ranks(pairs, ll
     data.write_text("".join(json.dumps(row) + "\n" for row in few))
     more = {"max_steps": 4, "max_grad_norm": 0.0}
     train(make_config(llama, data, tmp_path / "one", per_device_train_batch_size=3, **more), lambda line: None)
+    kinds = {
+        "ddp": {"sharding": "ddp"},
+        "fsdp": {"sharding": "fsdp"},
+        "fsdp of attentions": {"sharding": "fsdp", "fsdp_transformer_layer_cls_to_wrap": "LlamaAttention"},
+    }
     cases = [
         (
             "learn",
             {
-                "options": options(llama, data, tmp_path / kind, 3, sharding=kind, **more)
+                "options": options(llama, data, tmp_path / kind, 3, **more, **sharding)
                 | {"per_device_train_batch_size": 1}
             },
         )
-        for kind in ("ddp", "fsdp")
+        for kind, sharding in kinds.items()
     ]
     run_ranks(3, rank_cases.run_all, cases)
-    for kind in ("ddp", "fsdp"):
+    for kind in kinds:
         assert losses(tmp_path / kind) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
         assert norms(tmp_path / kind) == pytest.approx(norms(tmp_path / "one"), rel=1e-4)
 

@@ -23,8 +23,7 @@ def build_whole(family: str, **lora: Any) -> ModerationModel:
     model = build_model(family, **lora)
     layers = model.classifier.model.layers
     assert is_fused(layers[-1]) and not is_fused(layers[0])
-    del layers[-1].forward
-    model._pools_packed_rows = False
+    del layers[-1].forward, layers[-1].self_attn.forward
     return model
 
 
@@ -82,3 +81,29 @@ def test_other_decoders_run_as_they_stand():
     together = model(build_micro_batch(ids, "packed", 0, CPU))
     apart = torch.cat([model(build_micro_batch([text], "packed", 0, CPU)) for text in ids])
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
+
+
+def test_hooks_on_the_attention_of_the_last_layer_fire():
+    model, seen = build_model("llama"), []
+    for layer in model.classifier.model.layers:
+        layer.self_attn.register_forward_hook(lambda module, *_: seen.append(module.layer_idx))
+    model(build_micro_batch([[5, 9], [3]], "packed", 0, CPU))
+    assert seen == [0, 1]
+
+
+@pytest.mark.parametrize("ids", [[[5, 9, 2], [3, 1]], [[5, 9, 2]]])
+def test_an_attention_that_was_replaced_since_runs_as_it_stands(ids):
+    model, batch = build_model("llama"), build_micro_batch(ids, "packed", 0, CPU)
+    expected = model(batch)
+    layer = model.classifier.model.layers[-1]
+
+    class Around(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, **keywords):
+            return self.inner(**keywords)
+
+    layer.self_attn = Around(layer.self_attn)
+    torch.testing.assert_close(model(batch), expected, atol=1e-5, rtol=1e-5)

@@ -22,8 +22,8 @@ LAYERS = """
     batching prefix layout
     distributed interruption progress staging
     tensor_files nf4
-    memory attention products fused_layers recomputation last_layer backbone adapter model loss
-    blueprint activations estimate capacity shortage
+    memory attention last_layer products fused_layers backbone adapter model loss
+    blueprint recomputation activations estimate capacity shortage
     sharding export classifier cards scoring assembly
     optim prior checkpoint
     intervals metrics baselines tuning

@@ -11,10 +11,11 @@ import pytest
 import torch
 from conftest import make_config
 from torch import nn
-from transformers import AutoConfig, GPT2Config, GPT2ForSequenceClassification
+from transformers import AutoConfig, GPT2Config, GPT2ForSequenceClassification, LlamaConfig
 
 from qlora_moderation.adapter import add_lora, find_head
 from qlora_moderation.backbone import BackboneSpec, choose_dtype, choose_layout, inspect_backbone
+from qlora_moderation.classifier import check_max_length
 from qlora_moderation.errors import CheckpointError, ConfigError
 from qlora_moderation.layout import build_micro_batch
 from qlora_moderation.memory import count_weights
@@ -151,3 +152,14 @@ def test_the_first_vector_functions_of_a_process_are_called_from_one_thread():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_lengths_at_which_neighbours_would_turn_positions_are_refused():
+    """Long RoPE takes other factors for all texts of a forward as soon as one is longer than the original length."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 256}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=1024, rope_parameters=rope)
+    spec = BackboneSpec("long", None, config, "decoder")
+    check_max_length(spec, 256)
+    with pytest.raises(CheckpointError, match="long: reads at most 256 tokens; lower --max_length 257"):
+        check_max_length(spec, 257)

@@ -93,7 +93,6 @@ def test_sharing_changes_neither_logits_nor_gradients(family, fused, texts):
 def test_decoders_whose_last_layer_stays_whole_share_too():
     model = build_model("llama", target_modules="all-linear")
     del model.classifier.model.layers[-1].forward
-    model._pools_packed_rows = False
     (expected, _), (logits, _) = (run(model, build(TEXTS, shared)) for shared in (False, True))
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 

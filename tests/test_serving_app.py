@@ -7,14 +7,17 @@ import contextlib
 import json
 import logging
 import shutil
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from qlora_moderation import QAModeration
 from qlora_moderation.calibration import Calibrator, RiskModel
+from qlora_moderation.model import ModerationModel
 from qlora_moderation.serving.app import build_app
 from qlora_moderation.serving.config import ServeConfig
 from qlora_moderation.serving.engine import Engine, _count_forwards, load_engine
@@ -386,6 +389,10 @@ def test_a_small_model_gets_a_forward_for_each_core_and_a_large_one_its_cores_to
     for threads_a_text, forwards in ((2, 4), (3, 2), (100, 1)):
         monkeypatch.setattr("qlora_moderation.serving.engine._WEIGHTS_A_THREAD", weights // threads_a_text)
         assert _count_forwards(classifier, 8) == forwards
+    with torch.device("meta"):  # its layers are no `nn.Linear`
+        large = GPT2ForSequenceClassification(GPT2Config(n_embd=1600, n_layer=48, n_head=25, pad_token_id=0))
+    monkeypatch.undo()
+    assert _count_forwards(SimpleNamespace(model=ModerationModel(large, False, torch.device("cpu"))), 16) == 1
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     for asked, said in ((2, "2 at once, threads each: 4"), (16, "16 at once, threads each: 1")):
         config = ServeConfig(model_path=str(served), use_cpu=True, forwards_at_once=asked)

@@ -297,6 +297,30 @@ def test_a_model_that_fails_on_everything_is_called_broken_until_it_answers(monk
     assert drive(play).status == 500
 
 
+def test_several_idle_loops_send_one_probe_at_a_time(monkeypatch):
+    monkeypatch.setattr("qlora_moderation.serving.batcher._PROBE_SECONDS", 0.01)
+
+    async def play(batcher, engine):
+        engine.gate.set()
+        at_once, most, probe = [], [0], engine.probe
+
+        def watch():
+            at_once.append(1)
+            most[0] = max(most[0], len(at_once))
+            time.sleep(0.02)
+            at_once.pop()
+            return probe()
+
+        engine.probe, engine.fault = watch, RuntimeError("canary")
+        await settle(ask(batcher, "a"))
+        await asyncio.sleep(0.2)
+        engine.fault = None
+        await until(lambda: not batcher.broken)
+        return most[0]
+
+    assert drive(play, Engine(forwards_at_once=4)) == 1
+
+
 def test_giving_up_answers_everyone():
     async def play(batcher, engine):
         tasks = [ask(batcher, "a"), ask(batcher, "a a a a a")]

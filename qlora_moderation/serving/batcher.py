@@ -61,7 +61,7 @@ class Batcher:
 
     Attributes:
         engine: None until it is loaded.
-        broken: the last forward failed, and so did a probe after it.
+        broken: a forward failed, so did a probe after it, and none has succeeded since.
         pairs: accepted and not answered.
         tokens: accepted and not handed to the model.
     """
@@ -81,6 +81,7 @@ class Batcher:
         self._rate = 0.0  # tokens a second of one forward
         self._working: set[object] = set()  # what threads load or score
         self._resting = 0  # loops without work
+        self._probing = False
         self._scoring = ThreadPoolExecutor(1, "scoring")
         self._tokenizing = ThreadPoolExecutor(2, "tokenizing")
 
@@ -297,8 +298,14 @@ class Batcher:
         self._forget(job)
 
     async def _probe(self) -> None:
+        if self._probing:  # by another loop
+            return
         assert self.engine is not None
-        alive = await self._run_beside(self.engine.probe)
+        self._probing = True
+        try:
+            alive = await self._run_beside(self.engine.probe)
+        finally:
+            self._probing = False
         if self.broken == alive:
             _log.log(
                 logging.INFO if alive else logging.ERROR, "the model %s", "answers again" if alive else "is broken"

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from qlora_moderation.classifier import Classifier, load_classifier
 from qlora_moderation.scoring import CutPairs, cut_windows, default_token_budget, score_windows
@@ -107,8 +108,10 @@ def _count_forwards(classifier: Classifier, cores: int) -> int:
     """Return one on a GPU; on a CPU as many as there are cores, or fewer for a model that needs several for a text."""
     if classifier.model.device.type != "cpu":
         return 1
-    layers = [module for module in classifier.model.modules() if isinstance(module, torch.nn.Linear)]
-    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    modules = list(classifier.model.modules())
+    # an NF4 weight has another shape than its layer
+    weights = sum(layer.in_features * layer.out_features for layer in modules if isinstance(layer, torch.nn.Linear))
+    weights += sum(layer.weight.numel() for layer in modules if isinstance(layer, Conv1D))
     return max(1, cores // max(1, round(weights / _WEIGHTS_A_THREAD)))
 
 
