@@ -6,7 +6,7 @@
 A server process on loopback with a random LLaMA of 29 M weights; the load comes from this process over plain sockets, on a
 core of its own, which the server may not use (`--shared_cores`: all cores for both, where clients slow the model). `lone`:
 one request after the other. `saturation`: 64 in flight, with dynamic batches and with one text a forward. `steady`: random
-arrivals at 70 % of saturation. `overload`: at three times saturation. `many`: 10,000 short requests with 50 in flight.
+and even arrivals at 70 % of saturation. `overload`: at three times saturation. `many`: 10,000 short requests with 50 in flight.
 """
 
 import argparse
@@ -171,35 +171,47 @@ def show_times(name, good):
     return {"p50": p50, "p90": p90, "p99": p99, "longest": good.max()}
 
 
-def run_steady(port, requests, seconds, rate, lone, rounds):
-    """Send 70 % of what the server can do, in turns at random instants and evenly; the round beside least other work counts."""
+def run_steady(port, requests, seconds, rounds):
+    """Send 70 % of what the server can do, at random instants and evenly, right behind lone requests and saturation.
+
+    A shared machine may change its speed within a minute, so each round measures all of these anew; medians of ratios count.
+    """
     found = {"random": [], "even": []}
-    for name in list(found) * rounds:
-        even, others = name == "even", OtherWork(port)
-        outcomes = measure(port, lambda load, even=even: load.arrive(requests, 0.7 * rate, seconds, even))
-        good, refused, failed = split(outcomes)
-        cores = others.cores()
-        shown = show_times(f"70 % of saturation, {name} arrivals; others {cores:.2f} cores", good)
-        found[name].append((cores, shown["p99"]))
-        if len(refused) + failed:
-            print(f"  refused {len(refused)}, failed {failed}")
-    figures = {name: min(rows)[1] for name, rows in found.items()}
-    for name, p99 in figures.items():
-        if lone is not None:
-            p50, longest = np.percentile(lone, [50, 99])
-            queued = simulate_queue(lone, 0.7, name == "even")
-            print(f"{name}: p99 {p99:.1f} ms is {p99 / p50:.2f} x p50 and {p99 / longest:.2f} x p99 of lone requests")
-            print(f"  a queue that serves them in turn, at 70 %: {queued / p50:.2f} x p50", flush=True)
+    for _ in range(rounds):
+        outcomes = measure(port, lambda load: load.keep_in_flight(requests, 1, len(requests), seconds / 2))
+        lone = split(outcomes)[0]
+        p50, p99 = np.percentile(lone, [50, 99])
+        rate = find_saturation(port, requests, seconds / 2, f"lone p50 {p50:.1f} ms, p99 {p99:.1f}; saturation")
+        for name, rows in found.items():
+            even, others = name == "even", OtherWork(port)
+            outcomes = measure(
+                port, lambda load, rate=rate, even=even: load.arrive(requests, 0.7 * rate, seconds, even)
+            )
+            good, refused, failed = split(outcomes)
+            cores = others.cores()
+            shown = show_times(f"70 % of saturation, {name} arrivals; others {cores:.2f} cores", good)
+            queued = simulate_queue(lone, 0.7, even)
+            rows.append([shown["p99"], shown["p99"] / p50, shown["p99"] / p99, queued / p50, queued / p99])
+            if len(refused) + failed:
+                print(f"  refused {len(refused)}, failed {failed}")
+    figures = {}
+    for name, rows in found.items():
+        shown, to_p50, to_p99, queued, queued_p99 = (float(value) for value in np.median(rows, axis=0))
+        figures[name] = {"p99": shown, "of_lone_p50": to_p50, "of_lone_p99": to_p99}
+        print(f"{name}, medians: p99 {shown:.1f} ms is {to_p50:.2f} x p50 and {to_p99:.2f} x p99 of lone requests")
+        print(f"  a queue that serves them in turn, at 70 %: {queued:.2f} x p50, {queued_p99:.2f} x p99", flush=True)
     return figures
 
 
-def run_overload(port, requests, seconds, rate):
-    """Send three times what the server can do."""
+def run_overload(port, requests, seconds):
+    """Send three times what the server can do, between two measurements of that."""
+    before = find_saturation(port, requests, seconds / 2, "saturation before")
     started, others = time.perf_counter(), OtherWork(port)
-    outcomes = measure(port, lambda load: load.arrive(requests, 3 * rate, seconds))
+    outcomes = measure(port, lambda load: load.arrive(requests, 3 * before, seconds))
     cores = others.cores()
     good, refused, failed = split(outcomes)
     goodput = count_goodput(outcomes, started, seconds)
+    rate = (before + find_saturation(port, requests, seconds / 2, "saturation behind")) / 2
     share = f"{goodput / rate:.0%} of saturation"
     print(f"3 x saturation: {len(outcomes)} requests, {goodput:.1f} verdicts/s, {share}; others {cores:.2f} cores")
     figures = {"goodput": goodput, "share": goodput / rate, "failed": failed, "refused": show_times("  429", refused)}
@@ -256,14 +268,14 @@ def main():
                 outcomes = measure(port, lambda load: load.keep_in_flight(requests, 1, len(requests), seconds))
                 lone = split(outcomes)[0]
                 figures["lone"] = show_times("lone", lone)
-            if {"saturation", "steady", "overload"} & set(arguments.phases):
+            if "saturation" in arguments.phases:
                 figures["saturation"] = rate = find_saturation(port, requests, seconds, "saturation")
                 if "one_by_one" in figures:
                     print(f"  {rate / figures['one_by_one']:.2f} times one text a forward", flush=True)
             if "steady" in arguments.phases:
-                figures["steady"] = run_steady(port, requests, seconds, rate, lone, arguments.rounds)
+                figures["steady"] = run_steady(port, requests, seconds, arguments.rounds)
             if "overload" in arguments.phases:
-                figures["overload"] = run_overload(port, requests, seconds, rate)
+                figures["overload"] = run_overload(port, requests, seconds)
             if "many" in arguments.phases:
                 figures["many"] = run_many(port, arguments.count)
     if arguments.json:

@@ -57,6 +57,7 @@ class Engine:
     """An engine without a model, whose logits are lengths of texts."""
 
     token_budget = 64
+    brief_budget = 32
     forwards_at_once = 2
     names = TAXONOMY.categories
     classifier = SimpleNamespace(taxonomy=TAXONOMY, thresholds=Thresholds.default(TAXONOMY))

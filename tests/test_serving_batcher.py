@@ -29,8 +29,9 @@ class Engine:
     The first forward waits until `gate` is opened, so that a test decides what waits together.
     """
 
-    def __init__(self, budget: int = 40, forwards_at_once: int = 1) -> None:
+    def __init__(self, budget: int = 40, forwards_at_once: int = 1, brief_budget: int | None = None) -> None:
         self.token_budget = budget
+        self.brief_budget = brief_budget or budget
         self.forwards_at_once = forwards_at_once
         self.names = ("one", "two")
         self.forwards: list[list[int]] = []
@@ -161,6 +162,20 @@ def test_forwards_at_once_share_what_waits():
     assert (
         sum(map(len, forwards)) == 7 and forwards[:2] == [[1], [2]] and [3, 3] in forwards
     )  # nobody waits for the others
+
+
+def test_forwards_are_brief_until_much_waits():
+    async def play(batcher, engine):
+        first = ask(batcher, "a")
+        await until(lambda: batcher._working)
+        tasks = [ask(batcher, "bb") for _ in range(12)]
+        await until(lambda: len(batcher._waiting) == 12)
+        engine.gate.set()
+        await asyncio.gather(first, *tasks)
+        return [len(forward) for forward in engine.forwards]
+
+    # of 120 tokens a quarter, then never less than 20
+    assert drive(play, Engine(brief_budget=20)) == [1, 3, 2, 2, 2, 2, 1]
 
 
 def test_windows_of_one_request_come_back_in_any_order():

@@ -211,11 +211,17 @@ class Batcher:
             jobs = list(self._waiting)
             if not jobs:  # all of them were given up, or taken by another loop
                 continue
-            budget = min(self.engine.token_budget, math.ceil(self.tokens / (1 + self._resting)))
             lengths, begun = [job.lengths for job in jobs], [job.begun for job in jobs]
-            taken = plan_batch(lengths, begun, budget, self._config.max_windows_per_micro_batch)
+            taken = plan_batch(lengths, begun, self._budget, self._config.max_windows_per_micro_batch)
             counted = [(job, count) for job, count in zip(jobs, taken, strict=True) if count]
             await self._score([_Part(job, job.begun, job.begun + count) for job, count in counted])
+
+    @property
+    def _budget(self) -> int:
+        """Tokens of the next forward: what waits is shared with idle loops, and forwards are brief until much waits."""
+        assert self.engine is not None
+        share = math.ceil(self.tokens / (1 + self._resting))
+        return min(self.engine.token_budget, share, max(self.engine.brief_budget, share // 4))
 
     async def _wait_for_work(self) -> None:
         """Return when a forward is full, or something waits and nothing more is about to come, or has come too slowly."""

@@ -19,11 +19,17 @@ from qlora_moderation.serving.faults import EngineShortageError
 from qlora_moderation.tokenization import Window
 
 _CPU_TOKENS = 512  # a larger forward is hardly faster a token on a CPU, and everyone waits for its end
+_BRIEF_CPU_TOKENS = 256  # nor is this one much slower
 _WEIGHTS_A_THREAD = 25_000_000  # at 50 GFLOP/s a thread, a text of 100 tokens then takes about 0.1 s
 
 
 class Engine:
     """A loaded classifier. `cut` may run in any thread, `score` in as many at once as `forwards_at_once` says.
+
+    Attributes:
+        token_budget: most tokens of a forward.
+        brief_budget: most tokens of a forward while little waits.
+        forwards_at_once: how many may run side by side.
 
     On a CPU several forwards on few threads each serve more texts than one on all threads, which wait for each other; and what
     arrives waits for the first of several forwards to end. A large model needs its threads together.
@@ -35,6 +41,7 @@ class Engine:
         device, longest = classifier.model.device, classifier.encoder.max_length
         chosen = default_token_budget(device, longest) if device.type == "cuda" else max(longest, _CPU_TOKENS)
         self.token_budget = config.max_tokens_per_micro_batch or chosen
+        self.brief_budget = self.token_budget if device.type == "cuda" else min(self.token_budget, _BRIEF_CPU_TOKENS)
         cores = torch.get_num_threads()
         self.forwards_at_once = config.forwards_at_once or _count_forwards(classifier, cores)
         self._threads = max(1, cores // self.forwards_at_once)
