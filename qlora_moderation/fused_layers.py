@@ -17,6 +17,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qlora_moderation.last_layer import ATTENTIONS
 from qlora_moderation.products import (
     Product,
     collect_factors,
@@ -29,7 +30,6 @@ from qlora_moderation.products import (
 
 _NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"}
 _FEED_FORWARDS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"}
-_ATTENTIONS = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}
 _SILU = {"SiLU", "SiLUActivation"}
 
 Products = tuple[Product, ...]
@@ -221,7 +221,7 @@ def _choose(module: nn.Module) -> Callable[..., Any] | None:
     kind = type(module).__name__
     if kind in _NORMS:
         return _run_norm
-    if kind in _ATTENTIONS:
+    if kind in ATTENTIONS:
         return _run_attention
     if kind in _FEED_FORWARDS and type(module.act_fn).__name__ in _SILU:
         return _run_feed_forward

@@ -20,7 +20,8 @@ from transformers.models.llama.modeling_llama import rotate_half
 from qlora_moderation.layout import Segments
 
 _LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
-_ATTENTIONS = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}
+ATTENTIONS = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}
+"""Kinds that rotate queries and keys as LLaMA does, and do nothing else to them."""
 
 
 def shorten_last_layer(network: nn.Module) -> bool:
@@ -33,7 +34,7 @@ def shorten_last_layer(network: nn.Module) -> bool:
         Whether the layer is of a known kind. If so, a packed row's hidden states are [1, S, H].
     """
     layers: list[Any] = [module for module in network.modules() if type(module).__name__ in _LAYERS]
-    if not layers or type(layers[-1].self_attn).__name__ not in _ATTENTIONS:
+    if not layers or type(layers[-1].self_attn).__name__ not in ATTENTIONS:
         return False
     layer = layers[-1]
     layer.forward = types.MethodType(_run_layer, layer)
