@@ -24,22 +24,17 @@ ATTENTIONS = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}
 """Kinds that rotate queries and keys as LLaMA does, and do nothing else to them."""
 
 
-def shorten_last_layer(network: nn.Module) -> bool:
-    """Let the last decoder layer return the last token of each text of a packed row; other layouts run as they stand.
+def shorten_last_layer(network: nn.Module) -> None:
+    """Let the last decoder layer, where its kind is known, turn a packed row into [1, S, H]; other layouts run as they stand.
 
     Args:
         network: a stock classifier, or PEFT's wrapper around one; layers that were fused stay so.
-
-    Returns:
-        Whether the layer is of a known kind. If so, a packed row's hidden states are [1, S, H].
     """
     layers: list[Any] = [module for module in network.modules() if type(module).__name__ in _LAYERS]
-    if not layers or type(layers[-1].self_attn).__name__ not in ATTENTIONS:
-        return False
-    layer = layers[-1]
-    layer.forward = types.MethodType(_run_layer, layer)
-    layer.self_attn.forward = types.MethodType(_run_attention, layer.self_attn)
-    return True
+    if layers and type(layers[-1].self_attn).__name__ in ATTENTIONS:
+        layer = layers[-1]
+        layer.forward = types.MethodType(_run_layer, layer)
+        layer.self_attn.forward = types.MethodType(_run_attention, layer.self_attn)
 
 
 def _run_layer(

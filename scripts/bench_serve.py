@@ -252,7 +252,7 @@ def main():
     parser.add_argument("flags", nargs="*", help="after --: flags for the server")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a server left running would outlive this process
-    seconds, figures, lone = arguments.seconds, {}, None
+    seconds, figures = arguments.seconds, {}
     with tempfile.TemporaryDirectory() as place:
         path, pairs = build_model(Path(place), arguments)
         requests = build_requests(pairs)
@@ -266,8 +266,7 @@ def main():
             measure(port, lambda load: load.keep_in_flight(requests, 8, 32, 60))
             if "lone" in arguments.phases:
                 outcomes = measure(port, lambda load: load.keep_in_flight(requests, 1, len(requests), seconds))
-                lone = split(outcomes)[0]
-                figures["lone"] = show_times("lone", lone)
+                figures["lone"] = show_times("lone", split(outcomes)[0])
             if "saturation" in arguments.phases:
                 figures["saturation"] = rate = find_saturation(port, requests, seconds, "saturation")
                 if "one_by_one" in figures:

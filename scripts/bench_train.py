@@ -85,7 +85,7 @@ def run_contender(job):
         lines = [json.loads(line) for line in (Path(job["output"]) / "metrics.jsonl").read_text().splitlines()]
         spans = [b["elapsed_seconds"] - a["elapsed_seconds"] for a, b in itertools.pairwise(lines)]
         real = [line["tokens"] for line in lines[1:]]
-        losses, padded, products = [line["loss"] for line in lines], real, count_own(config, count_products)
+        losses, padded = [line["loss"] for line in lines], real
     else:
         pad_id = classifier.pad_id
         del classifier
@@ -100,6 +100,10 @@ def run_contender(job):
         spans = [b[0] - a[0] for a, b in itertools.pairwise(ends)]
         real = [b[1] - a[1] for a, b in itertools.pairwise(ends)]
         padded = [b[2] - a[2] for a, b in itertools.pairwise(ends)]
+    peak = peak_gib(job["cuda"]) - (0 if job["cuda"] else before)
+    if job["contender"] == "ours":
+        products = count_own(config, count_products)
+    else:
         products = (4 * weights + 6 * adapters) * sum(padded) / sum(real)
     # a shared machine is not always equally fast, and a limit is what was reached at best
     rate = max(rate_before, measure_matrix_rate(shapes, device))
@@ -112,7 +116,7 @@ def run_contender(job):
         "share_of_limit": sum(real) / sum(spans) * 4 * weights / rate,
         # three over the adapters, which have gradients of their own; padding counts, what is not computed does not
         "speed_of_products": sum(real) / sum(spans) * products / rate,
-        "peak_gib": peak_gib(job["cuda"]) - (0 if job["cuda"] else before),
+        "peak_gib": peak,
         "losses": losses,
     }
 
