@@ -347,7 +347,7 @@ def test_a_client_that_goes_takes_its_work_with_it(served):
         async def receive():
             if messages:
                 return messages.pop(0)
-            while not service.batcher.tokens:
+            while not service.batcher.queue.tokens:
                 await asyncio.sleep(0.001)
             return {"type": "http.disconnect"}
 
@@ -358,7 +358,7 @@ def test_a_client_that_goes_takes_its_work_with_it(served):
         scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": URL, "raw_path": URL.encode()}
         scope |= {"query_string": b"", "headers": headers, "root_path": "", "scheme": "http", "server": ("server", 80)}
         await client._transport.app(scope, receive, send)
-        assert not sent and service.batcher.tokens == service.batcher.pairs == service.active == 0
+        assert not sent and service.batcher.queue.tokens == service.batcher.pairs == service.active == 0
         text = (await client.get("/metrics")).text
         assert "qlora_moderation_disconnects_total 1.0" in text and 'status="499"' in text
 

@@ -73,7 +73,7 @@ def drive(play, engine: Engine | None = None, **options):
         loop = asyncio.create_task(batcher.run())
         try:
             result = await asyncio.wait_for(play(batcher, chosen), 20)
-            assert batcher.pairs == batcher.tokens == 0 and not batcher._waiting and not batcher._open
+            assert batcher.pairs == batcher.queue.tokens == 0 and not batcher.queue and not batcher.queue._open
             return result
         finally:
             chosen.gate.set()
@@ -134,7 +134,7 @@ def test_what_waits_is_scored_together_and_everyone_gets_his_own():
         first = ask(batcher, "a")
         await until(lambda: batcher._working)
         tasks = [ask(batcher, "b" * n) for n in range(1, 8)] + [ask(batcher, "bb", "bbb bbbbbb b")]
-        await until(lambda: len(batcher._waiting) == 8)
+        await until(lambda: len(batcher.queue) == 8)
         engine.gate.set()
         await first
         return await asyncio.gather(*tasks), engine.forwards
@@ -152,7 +152,7 @@ def test_forwards_at_once_share_what_waits():
         tasks = [ask(batcher, "a"), ask(batcher, "bb"), ask(batcher, "ccc ddd")]
         await until(lambda: len(batcher._working) == 3)
         late = ask(batcher, "eeee eeee eeee")
-        await until(lambda: len(batcher._waiting) == 1)
+        await until(lambda: len(batcher.queue) == 1)
         engine.gate.set()
         return [*await asyncio.gather(*tasks, late)], sorted(engine.forwards)
 
@@ -169,7 +169,7 @@ def test_forwards_are_brief_until_much_waits():
         first = ask(batcher, "a")
         await until(lambda: batcher._working)
         tasks = [ask(batcher, "bb") for _ in range(12)]
-        await until(lambda: len(batcher._waiting) == 12)
+        await until(lambda: len(batcher.queue) == 12)
         engine.gate.set()
         await asyncio.gather(first, *tasks)
         return [len(forward) for forward in engine.forwards]
@@ -224,12 +224,12 @@ def test_the_queue_is_bounded_in_tokens_too():
         first = ask(batcher, "a")
         await until(lambda: batcher._working)
         second = ask(batcher, "a a a")
-        await until(lambda: batcher.tokens == 3 * WIDTH)
+        await until(lambda: batcher.queue.tokens == 3 * WIDTH)
         refused, too_long = await settle(ask(batcher, "a a"), ask(batcher, "a a a a a"))
         assert refused.status == 429
         assert too_long.status == 422 and "50 tokens" in too_long.message and "40" in too_long.message
         third = ask(batcher, "a")
-        await until(lambda: batcher.tokens == 4 * WIDTH)
+        await until(lambda: batcher.queue.tokens == 4 * WIDTH)
         with pytest.raises(RequestError, match="too much is waiting"):
             batcher.check_room()
         engine.gate.set()
@@ -245,7 +245,7 @@ def test_a_full_queue_tokenises_nothing_until_a_forward_has_room():
         first = ask(batcher, "a")
         await until(lambda: batcher._working)
         waiting = [ask(batcher, " ".join("a" * 19)) for _ in range(2)]
-        await until(lambda: batcher.tokens == 38 * WIDTH)
+        await until(lambda: batcher.queue.tokens == 38 * WIDTH)
         refused = (await settle(ask(batcher, "a a a")))[0]
         assert refused.status == 429 and len(cuts) == 4
         refused = (await settle(ask(batcher, "a")))[0]  # would fit, but so near the brim most would not
@@ -262,7 +262,7 @@ def test_who_has_gone_is_not_scored():
         first = ask(batcher, "a a a a a a")
         await until(lambda: batcher._working)
         gone, stays = ask(batcher, "bb"), ask(batcher, "ccc")
-        await until(lambda: len(batcher._waiting) == 3)
+        await until(lambda: len(batcher.queue) == 3)
         gone.cancel()
         first.cancel()  # two of its windows have not begun
         await settle(gone, first)
@@ -278,7 +278,7 @@ def test_one_bad_request_does_not_take_the_others_down(caplog):
         first = ask(batcher, "a")
         await until(lambda: batcher._working)
         tasks = [ask(batcher, answer) for answer in ("bb", "b" * 13, "b" * 15, "ccc")]
-        await until(lambda: len(batcher._waiting) == 4)
+        await until(lambda: len(batcher.queue) == 4)
         engine.gate.set()
         await first
         return [
@@ -339,8 +339,8 @@ def test_several_idle_loops_send_one_probe_at_a_time(monkeypatch):
 def test_giving_up_answers_everyone():
     async def play(batcher, engine):
         tasks = [ask(batcher, "a"), ask(batcher, "a a a a a")]
-        await until(lambda: batcher._working and batcher.pairs == 2 and len(batcher._open) == 2)
-        batcher.give_up()
+        await until(lambda: batcher._working and batcher.pairs == 2 and len(batcher.queue._open) == 2)
+        batcher.queue.give_up()
         return await settle(*tasks)
 
     assert [(error.status, error.code) for error in drive(play)] == [(503, "stopped")] * 2

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, TypeVar
 
 from qlora_moderation.serving.config import ServeConfig
 from qlora_moderation.serving.faults import EngineFaultError, EngineShortageError, RequestError, invalid
 from qlora_moderation.serving.instruments import Instruments
-from qlora_moderation.serving.planning import plan_batch
+from qlora_moderation.serving.queue import Part, Queue
 
 if TYPE_CHECKING:
     from qlora_moderation.scoring import CutPairs, Scores
@@ -35,48 +32,24 @@ _LEAST_QUEUE = 32768  # tokens: a text of the longest length allowed must fit
 _PROBE_SECONDS = 5.0
 
 
-@dataclasses.dataclass(eq=False, repr=False)
-class _Job:
-    """The windows of one request: the first `begun` were handed to the model, `done` came back."""
-
-    cut: CutPairs
-    lengths: list[int]
-    logits: np.ndarray
-    answer: asyncio.Future[Scores]
-    queued: float
-    begun: int = 0
-    done: int = 0
-
-
-class _Part(NamedTuple):
-    """What one forward takes of a request."""
-
-    job: _Job
-    start: int
-    stop: int
-
-
 class Batcher:
-    """The queue in front of one engine.
+    """The queue in front of one engine, and the forwards behind it.
 
     Attributes:
         engine: None until it is loaded.
         broken: a forward failed, so did a probe after it, and none has succeeded since.
         pairs: accepted and not answered.
-        tokens: accepted and not handed to the model.
+        queue: what waits for the model.
     """
 
     def __init__(self, config: ServeConfig, instruments: Instruments) -> None:
         self.engine: Engine | None = None
         self.broken = False
         self.pairs = 0
-        self.tokens = 0
+        self.queue = Queue()
         self._config = config
         self._instruments = instruments
-        self._waiting: list[_Job] = []
-        self._open: set[_Job] = set()  # queued and not answered
         self._preparing = 0
-        self._refusing = False  # the queue was full, and a forward's worth of room is not there again
         self._changed = asyncio.Event()
         self._rate = 0.0  # tokens a second of one forward
         self._working: set[object] = set()  # what threads load or score
@@ -90,18 +63,15 @@ class Batcher:
         """Whether no thread is at work."""
         return not self._working
 
-    @property
-    def max_queue_tokens(self) -> int:
-        """Tokens beyond which requests are refused."""
-        assert self.engine is not None
-        return self._config.max_queue_tokens or max(_LEAST_QUEUE, _FORWARDS_IN_QUEUE * self.engine.token_budget)
-
     async def load(self, load: Callable[[], Engine]) -> Engine:
         """Load the engine, and make room for as many forwards at once as it allows."""
-        self.engine = await self._run_beside(load)
+        self.engine = engine = await self._run_beside(load)
         self._scoring.shutdown(wait=False)
-        self._scoring = ThreadPoolExecutor(self.engine.forwards_at_once, "scoring")
-        return self.engine
+        self._scoring = ThreadPoolExecutor(engine.forwards_at_once, "scoring")
+        chosen = max(_LEAST_QUEUE, _FORWARDS_IN_QUEUE * engine.token_budget)
+        self.queue.max_tokens = self._config.max_queue_tokens or chosen
+        self.queue.headroom = min(engine.token_budget, self.queue.max_tokens // 8)
+        return engine
 
     async def _run_beside(self, call: Callable[[], T]) -> T:
         """Run something in a thread that scores."""
@@ -121,20 +91,12 @@ class Batcher:
         Raises:
             RequestError: 429 with the seconds after which to come again.
         """
-        # near the brim each request would be tokenised in vain, at the cost of the ones that are being scored
-        self._refusing = self._refusing and self.tokens > self.max_queue_tokens - self._headroom
-        full = self._refusing or (self.tokens and self.tokens >= self.max_queue_tokens)
-        if self.pairs + pairs > self._config.max_queue_pairs or full:
+        if self.pairs + pairs > self._config.max_queue_pairs or self.queue.is_full:
             raise self._busy()
-
-    @property
-    def _headroom(self) -> int:
-        assert self.engine is not None
-        return min(self.engine.token_budget, self.max_queue_tokens // 8)
 
     def _busy(self) -> RequestError:
         assert self.engine is not None
-        wait = math.ceil(self.tokens / (self._rate * self.engine.forwards_at_once)) if self._rate else 1
+        wait = math.ceil(self.queue.tokens / (self._rate * self.engine.forwards_at_once)) if self._rate else 1
         return RequestError(429, "busy", "too much is waiting; come again later", retry_after=min(max(wait, 1), 60))
 
     async def score(self, questions: Sequence[str], answers: Sequence[str]) -> Scores:
@@ -143,30 +105,25 @@ class Batcher:
         Raises:
             RequestError: 422 too many tokens, 429 no room, 500 or 503 the model failed.
         """
-        engine = self.engine
+        engine, queue = self.engine, self.queue
         assert engine is not None
         self.check_room(len(questions))
         self.pairs += len(questions)
         try:
             cut = await self._tokenize(engine, questions, answers)
             lengths = [len(window.ids) for window in cut.windows]
-            if sum(lengths) > self.max_queue_tokens:
+            if sum(lengths) > queue.max_tokens:
                 raise invalid(
-                    "input", f"is {sum(lengths)} tokens in windows; at most {self.max_queue_tokens} are taken at once"
+                    "input", f"is {sum(lengths)} tokens in windows; at most {queue.max_tokens} are taken at once"
                 )
-            if self.tokens and self.tokens + sum(lengths) > self.max_queue_tokens:
-                self._refusing = True
+            if not queue.takes(sum(lengths)):
                 raise self._busy()
-            logits = np.empty((len(lengths), len(engine.names)), dtype=np.float32)
-            job = _Job(cut, lengths, logits, asyncio.get_running_loop().create_future(), time.monotonic())
-            self._waiting.append(job)
-            self._open.add(job)
-            self.tokens += sum(lengths)
+            job = queue.add(cut, lengths, len(engine.names))
             self._changed.set()
             try:
                 return await job.answer
             finally:
-                self._forget(job)
+                queue.forget(job)
         finally:
             self.pairs -= len(questions)
 
@@ -181,13 +138,6 @@ class Batcher:
         finally:
             self._preparing -= 1
             self._changed.set()
-
-    def _forget(self, job: _Job) -> None:
-        if job in self._waiting:
-            self._waiting.remove(job)
-        self.tokens -= sum(job.lengths[job.begun :])
-        job.begun = len(job.lengths)
-        self._open.discard(job)
 
     async def run(self) -> None:
         """Score what is waiting, until cancelled."""
@@ -208,24 +158,20 @@ class Batcher:
                 await self._wait_for_work()
             finally:
                 self._resting -= 1
-            jobs = list(self._waiting)
-            if not jobs:  # all of them were given up, or taken by another loop
-                continue
-            lengths, begun = [job.lengths for job in jobs], [job.begun for job in jobs]
-            taken = plan_batch(lengths, begun, self._budget, self._config.max_windows_per_micro_batch)
-            counted = [(job, count) for job, count in zip(jobs, taken, strict=True) if count]
-            await self._score([_Part(job, job.begun, job.begun + count) for job, count in counted])
+            parts = self.queue.take(self._budget, self._config.max_windows_per_micro_batch)
+            if parts:  # else all of them were given up, or taken by another loop
+                await self._score(parts)
 
     @property
     def _budget(self) -> int:
         """Tokens of the next forward: what waits is shared with idle loops, and forwards are brief until much waits."""
         assert self.engine is not None
-        share = math.ceil(self.tokens / (1 + self._resting))
+        share = math.ceil(self.queue.tokens / (1 + self._resting))
         return min(self.engine.token_budget, share, max(self.engine.brief_budget, share // 4))
 
     async def _wait_for_work(self) -> None:
         """Return when a forward is full, or something waits and nothing more is about to come, or has come too slowly."""
-        while not self._waiting:
+        while not self.queue:
             self._changed.clear()
             try:
                 await asyncio.wait_for(self._changed.wait(), _PROBE_SECONDS if self.broken else None)
@@ -233,34 +179,29 @@ class Batcher:
                 await self._probe()
         until = time.monotonic() + self._config.batch_wait_ms / 1000
         assert self.engine is not None
-        while self._preparing and self.tokens < self.engine.token_budget and self._waiting:
+        while self._preparing and self.queue.tokens < self.engine.token_budget and self.queue:
             self._changed.clear()
             try:
                 await asyncio.wait_for(self._changed.wait(), until - time.monotonic())
             except TimeoutError:
                 return
 
-    async def _score(self, batch: list[_Part]) -> None:
-        for job, start, stop in batch:
+    async def _score(self, batch: list[Part]) -> None:
+        for job, start, _ in batch:
             if not start:
                 self._instruments.queue_seconds.observe(time.monotonic() - job.queued)
-            self.tokens -= sum(job.lengths[start:stop])
-            job.begun = stop
-            if stop == len(job.lengths):
-                self._waiting.remove(job)
         error = await self._forward(batch)
-        if error is not None and len(batch) > 1:
+        if error is None:
+            return
+        for part in batch:
             # one request must not take the others down with it
-            for part in batch:
-                alone = await self._forward([part])
-                if alone is not None:
-                    self._fail(part.job, alone)
-        elif error is not None:
-            self._fail(batch[0].job, error)
-        if error is not None:
-            await self._probe()
+            alone = await self._forward([part]) if len(batch) > 1 else error
+            if alone is not None:
+                part.job.fail(alone)
+                self.queue.forget(part.job)
+        await self._probe()
 
-    async def _forward(self, batch: list[_Part]) -> Exception | None:
+    async def _forward(self, batch: list[Part]) -> Exception | None:
         """Run windows through the model and hand out what it says; return its error where it fails."""
         engine = self.engine
         assert engine is not None
@@ -281,27 +222,10 @@ class Batcher:
         self._instruments.batch_windows.observe(len(windows))
         self._instruments.batch_tokens.observe(tokens)
         self._instruments.batch_seconds.observe(seconds)
-        rest = logits
         for job, start, stop in batch:
-            job.logits[start:stop], rest = rest[: stop - start], rest[stop - start :]
-            job.done += stop - start
-            if job.done == len(job.lengths) and not job.answer.done():
-                if np.isfinite(job.logits).all():
-                    job.answer.set_result(job.cut.collect(job.logits))
-                else:
-                    job.answer.set_exception(
-                        RequestError(500, "not_finite", "the model gave no finite number; there is no verdict")
-                    )
+            job.receive(start, stop, logits[: stop - start])
+            logits = logits[stop - start :]
         return None
-
-    def _fail(self, job: _Job, error: Exception) -> None:
-        if not job.answer.done():
-            if isinstance(error, EngineShortageError):
-                found = RequestError(503, "out_of_memory", "the device ran out of memory; send less", retry_after=1)
-            else:
-                found = RequestError(500, "model_failed", "the model failed on this request; there is no verdict")
-            job.answer.set_exception(found)
-        self._forget(job)
 
     async def _probe(self) -> None:
         if self._probing:  # by another loop
@@ -317,12 +241,6 @@ class Batcher:
                 logging.INFO if alive else logging.ERROR, "the model %s", "answers again" if alive else "is broken"
             )
         self.broken = not alive
-
-    def give_up(self) -> None:
-        """Answer what is left with 503."""
-        for job in list(self._open):
-            if not job.answer.done():
-                job.answer.set_exception(RequestError(503, "stopped", "the server was stopped", retry_after=1))
 
     def close(self) -> None:
         """Let the threads end; a forward that runs is not waited for."""

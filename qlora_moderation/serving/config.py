@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from qlora_moderation.options import option
-from qlora_moderation.rows import find_kind
+from qlora_moderation.sources import find_kind
 
 
 @dataclasses.dataclass(frozen=True)

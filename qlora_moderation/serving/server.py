@@ -166,7 +166,7 @@ async def _wait_for_end(service: Service, serving: asyncio.Task[None], signals: 
     stopping = asyncio.create_task(service.stop())
     again = await _first(signals.get(), stopping)
     if again is not None:
-        service.batcher.give_up()
+        service.batcher.queue.give_up()
         return 128 + again
     return 0 if stopping.result() else 128 + number
 

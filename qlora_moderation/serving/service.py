@@ -55,7 +55,7 @@ class Service:
         self._started = int(time.time())
         self.instruments.watch(
             lambda: self.batcher.pairs,
-            lambda: self.batcher.tokens,
+            lambda: self.batcher.queue.tokens,
             lambda: float(self.state == "ready" and self.is_alive),
         )
 
@@ -121,7 +121,7 @@ class Service:
             "body_bytes": self.config.max_body_bytes,
             "text_characters": self.config.max_text_length,
             "texts": self.config.max_texts,
-            "tokens": self.batcher.max_queue_tokens,
+            "tokens": self.batcher.queue.max_tokens,
         }
         return {**model, **self.batcher.engine.describe(), "limits": limits, "thresholds": self.rule.shown}
 
@@ -210,6 +210,6 @@ class Service:
                     await asyncio.sleep(0.01)
         except TimeoutError:
             _log.error("%d requests unanswered after %g s", self.active, self.config.shutdown_timeout)
-            self.batcher.give_up()
+            self.batcher.queue.give_up()
             return False
         return True
