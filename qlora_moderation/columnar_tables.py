@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 
 from qlora_moderation.blocks import Block, Survey, Table, count_blocks
 from qlora_moderation.errors import DataError
-from qlora_moderation.rows import Source, batch_rows
+from qlora_moderation.rows import batch_rows
+from qlora_moderation.sources import Source
 from qlora_moderation.verdicts import NEW_COLUMNS, Verdicts
 
 _BATCH = 4096

@@ -23,7 +23,8 @@ import numpy as np
 from qlora_moderation.annotation import Annotation, BadRow, read_annotation
 from qlora_moderation.errors import DataError
 from qlora_moderation.metadata import written_whole
-from qlora_moderation.rows import Source, parse_spec, read_rows
+from qlora_moderation.rows import read_rows
+from qlora_moderation.sources import Source, parse_spec
 from qlora_moderation.taxonomy import Taxonomy
 
 

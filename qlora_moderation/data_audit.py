@@ -18,7 +18,7 @@ from qlora_moderation.errors import ConfigError
 from qlora_moderation.leakage import TrainingHashes, hash_training, load_hashes
 from qlora_moderation.metadata import load_metadata, write_json
 from qlora_moderation.refusals import refusals
-from qlora_moderation.rows import parse_spec
+from qlora_moderation.sources import parse_spec
 from qlora_moderation.taxonomy import Taxonomy, load_taxonomy
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from typing import Any
 from qlora_moderation.config import EvaluateConfig, TrainConfig, TuneConfig
 from qlora_moderation.errors import ConfigError, ModerationError
 from qlora_moderation.prediction_config import PredictConfig
-from qlora_moderation.rows import parse_spec
 from qlora_moderation.serving.config import ServeConfig
+from qlora_moderation.sources import parse_spec
 from qlora_moderation.tables import find_sources
 from qlora_moderation.taxonomy import load_taxonomy
 

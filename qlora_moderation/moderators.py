@@ -14,7 +14,8 @@ import numpy as np
 
 from qlora_moderation.data import Pairs
 from qlora_moderation.errors import ConfigError, DataError
-from qlora_moderation.rows import parse_spec, read_rows
+from qlora_moderation.rows import read_rows
+from qlora_moderation.sources import parse_spec
 
 VERDICT_COLUMNS = ("flagged", "verdict", "score")
 

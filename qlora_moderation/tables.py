@@ -13,7 +13,7 @@ from qlora_moderation.blocks import Table
 from qlora_moderation.csv_tables import Csv
 from qlora_moderation.errors import DataError, brief
 from qlora_moderation.json_tables import JsonArray, JsonLines
-from qlora_moderation.rows import FILE_ENDINGS, Source, find_kind, parse_spec, refuse_packed, unreadable
+from qlora_moderation.sources import FILE_ENDINGS, Source, find_kind, parse_spec, refuse_packed, unreadable
 
 RESERVED = ("parts", "summary.json", "summary.png")
 """What an output directory holds beside the outputs."""

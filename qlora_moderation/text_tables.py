@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from qlora_moderation.blocks import Block, Row, Survey, Table
 from qlora_moderation.errors import DataError
-from qlora_moderation.rows import unreadable
+from qlora_moderation.sources import unreadable
 from qlora_moderation.verdicts import Verdicts
 
 LONGEST_ROW = 2**26

@@ -31,7 +31,7 @@ from safetensors.numpy import save_file
 from qlora_moderation import annotation, data, rows, taxonomy, tokenization, windows
 from qlora_moderation.data import Pairs, aggregate_rows, check_usable, tell_renamed
 from qlora_moderation.errors import brief
-from qlora_moderation.rows import Source, parse_spec
+from qlora_moderation.sources import Source, parse_spec
 from qlora_moderation.token_ids import TokenIds
 from qlora_moderation.tokenization import TextEncoder
 

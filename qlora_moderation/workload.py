@@ -21,7 +21,7 @@ from qlora_moderation.metadata import read_json
 from qlora_moderation.options import nearest
 from qlora_moderation.pair_columns import PairColumns
 from qlora_moderation.prediction_config import PredictConfig
-from qlora_moderation.rows import stamp
+from qlora_moderation.sources import stamp
 from qlora_moderation.tables import find_sources, open_table
 
 _SAMPLED_ABOVE = 2**26  # bytes of a file of weights; below, every byte counts

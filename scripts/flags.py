@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from qlora_moderation.rows import FILE_ENDINGS
+from qlora_moderation.sources import FILE_ENDINGS
 
 
 def whole(least: int = 1, multiple_of: int = 1) -> Callable[[str], int]:

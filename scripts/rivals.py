@@ -32,8 +32,9 @@ from qlora_moderation.annotation import BadRow, read_annotation
 from qlora_moderation.backbone import inspect_backbone, quiet
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.embedded import build_llama_shape, render_texts
-from qlora_moderation.rows import Source, read_rows
+from qlora_moderation.rows import read_rows
 from qlora_moderation.sample import build_sample
+from qlora_moderation.sources import Source
 from qlora_moderation.taxonomy import Taxonomy
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -24,7 +24,8 @@ from qlora_moderation.data import aggregate_rows, load_pairs
 from qlora_moderation.errors import DataError
 from qlora_moderation.pair_columns import PairColumns
 from qlora_moderation.row_check import check_new_columns, find_bad_rows
-from qlora_moderation.rows import Source, parse_spec, read_rows
+from qlora_moderation.rows import read_rows
+from qlora_moderation.sources import Source, parse_spec
 from qlora_moderation.tables import find_sources, open_table
 from qlora_moderation.taxonomy import Taxonomy
 from qlora_moderation.verdicts import NEW_COLUMNS, RAW, Verdicts

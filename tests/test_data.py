@@ -19,7 +19,7 @@ import pytest
 from qlora_moderation.audit import compute_audit, describe_audit
 from qlora_moderation.data import Pairs, load_pairs, split_by_prompt, write_pairs
 from qlora_moderation.errors import DataError
-from qlora_moderation.rows import BEAVERTAILS, parse_spec
+from qlora_moderation.sources import BEAVERTAILS, parse_spec
 from qlora_moderation.taxonomy import Taxonomy
 
 TAXONOMY = Taxonomy(categories=("theft,fraud", "abuse"))

@@ -16,7 +16,7 @@ PACKAGE = "qlora_moderation"
 LAYERS = """
     errors refusals environment
     strict_yaml options config audit_config prediction_config taxonomy metadata calibration thresholds results candidates
-    rows annotation data audit
+    sources rows annotation data audit
     verdicts pair_columns blocks text_tables json_tables csv_tables columnar_tables tables
     token_ids windows tokenization stock_tokenizer leakage token_cache
     batching prefix layout
@@ -36,8 +36,8 @@ LAYERS = """
     workload row_check parts proportions summary combine block_scoring local_engine ray_engine predict
     quickstart
     serving serving.config serving.faults serving.conversation serving.requests serving.keys serving.bodies
-    serving.instruments serving.rule serving.engine serving.planning serving.batcher serving.answers serving.page serving.schema
-    serving.service serving.app serving.server
+    serving.instruments serving.rule serving.engine serving.planning serving.queue serving.batcher serving.answers serving.page
+    serving.schema serving.service serving.app serving.server
     inputs faults completion cli
 """
 ORDER = LAYERS.split()

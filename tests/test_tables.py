@@ -14,7 +14,7 @@ import pytest
 
 from qlora_moderation import DataError, json_tables
 from qlora_moderation.blocks import Block, check_columns, count_blocks
-from qlora_moderation.rows import Source
+from qlora_moderation.sources import Source
 from qlora_moderation.tables import find_sources, open_table
 from qlora_moderation.verdicts import NEW_COLUMNS, Verdicts
 

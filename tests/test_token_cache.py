@@ -21,7 +21,7 @@ from qlora_moderation import token_cache
 from qlora_moderation.embedded import build_tokenizer
 from qlora_moderation.errors import DataError
 from qlora_moderation.plan import load_material
-from qlora_moderation.rows import parse_spec
+from qlora_moderation.sources import parse_spec
 from qlora_moderation.taxonomy import Taxonomy
 from qlora_moderation.token_cache import Corpus, TokenCache, find_directory, load_corpus
 from qlora_moderation.tokenization import TextEncoder
