@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole line on real rows: a small LLaMA built on the spot, NF4 QLoRA, evaluation, merge, evaluation of the merged model
 # with the same metrics, and the flagged proportion of six models beside the human's.
-#   ./scripts/check_real_data.sh DATA_DIRECTORY [OUTPUT_DIRECTORY]
+#   ./scripts/check_real_data.sh DATA_DIRECTORY [OUTPUT_DIRECTORY [LANGUAGE_MODEL_STEPS]]
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 data=$(cd "${1:?give the directory with beavertails_train.jsonl}" && pwd)
@@ -12,7 +12,7 @@ rm -rf "$output"
 train=$data/beavertails_train.jsonl validation=$data/beavertails_validation.jsonl
 
 echo "== backbone"
-python scripts/build_backbone.py --train_data_name_or_path "$train" --output_dir "$output/backbone"
+python scripts/build_backbone.py --train_data_name_or_path "$train" --output_dir "$output/backbone" --steps "${3:-200}"
 echo "== train"
 python scripts/train.py --config configs/real_rows_cpu.yaml --model_name_or_path "$output/backbone" \
     --train_data_name_or_path "$train" --output_dir "$output/run"
