@@ -69,8 +69,8 @@ def describe_missing(output: Path, parts: Parts, missing: list[BlockId]) -> str:
     )
 
 
-def read_finished(output: Path) -> dict[str, Any] | None:
-    """Return the summary of a run that has finished, or None.
+def read_finished(output: Path, facts: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """Return the summary of a run that has finished, or None; with facts, of the run that has these.
 
     Raises:
         CheckpointError: it is none of ours.
@@ -80,11 +80,11 @@ def read_finished(output: Path) -> dict[str, Any] | None:
     found = read_json(output / SUMMARY_FILE)
     if not isinstance(found, dict) or not {"run", "outputs", "summary"} <= found.keys():
         raise CheckpointError(f"--output_dir {output}: its {SUMMARY_FILE} is not of a run; give another directory")
-    return found
+    return found if facts in (None, found["run"]) else None
 
 
 def finish(parts: Parts, asked: Asked, log: Log, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Write outputs and summary, and remove the parts. Killed under way, it can be called again.
+    """Write outputs and summary, and remove the parts and what an earlier run left. Killed under way, it can be called again.
 
     Args:
         parts: all of them there.
@@ -93,6 +93,8 @@ def finish(parts: Parts, asked: Asked, log: Log, check: Callable[[], None] = lam
         check: called now and then; may raise to stop.
     """
     counts = _start_count(parts.facts, asked)
+    with writing(parts.output):
+        _remove_earlier(parts)
     outputs = {}
     for number, group in itertools.groupby(list_blocks(parts.facts), key=lambda block: block.table):
         blocks = list(group)
@@ -116,6 +118,15 @@ def finish(parts: Parts, asked: Asked, log: Log, check: Callable[[], None] = lam
     parts.remove()
     _report(parts.output, found, log)
     return found
+
+
+def _remove_earlier(parts: Parts) -> None:
+    """Remove the result of another run, its summary last; until now it could have been used."""
+    earlier = read_finished(parts.output)
+    if earlier is not None and earlier["run"] != parts.facts:
+        for name in earlier["outputs"]:
+            (parts.output / name).unlink(missing_ok=True)
+        (parts.output / SUMMARY_FILE).unlink()
 
 
 def _count_parts(

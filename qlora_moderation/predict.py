@@ -20,7 +20,6 @@ from qlora_moderation.interruption import StopSignals
 from qlora_moderation.parts import Asked, Parts, raise_other, refuse_others, remove_others
 from qlora_moderation.prediction_config import PredictConfig
 from qlora_moderation.row_check import check_blocks
-from qlora_moderation.summary import SUMMARY_FILE
 from qlora_moderation.workload import BlockId, Workload, build_workload, check_unchanged, list_blocks
 
 Log = Callable[[str], None]
@@ -51,15 +50,15 @@ def predict(config: PredictConfig, log: Log = _say) -> dict[str, Any] | None:
             raise SaidByMainError("the first process of this machine meets it, too") from error
         raise
     asked = Asked(config.group_by, config.bootstrap_replicates)
-    finished = read_finished(output)
-    if finished is not None and finished["run"] == work.facts:
+    finished = read_finished(output, work.facts)
+    if finished is not None:
         Parts(output, work.facts).remove()
         return count_anew(output, finished, asked, log) if rank == 0 else None
     shard, shards = config.share
     number, every = shard + shards * rank, shards * processes
     parts = Parts(output, work.facts)
     with parts.locked(number, every):
-        if read_finished(output) is None:
+        if read_finished(output, work.facts) is None:
             mine = {block for index, block in enumerate(list_blocks(work.facts)) if index % every == number}
             todo = [block for block in parts.find_missing() if block in mine]
             _report_start(work, mine, todo, log)
@@ -82,7 +81,7 @@ def _silent(_: str) -> None:
 
 
 def _check_output(config: PredictConfig, output: Path, work: Workload) -> None:
-    """Refuse, or clear, an output directory that holds something else.
+    """Refuse an output directory that holds something else, or clear it of what another run has begun.
 
     Raises:
         CheckpointError: it does.
@@ -96,12 +95,8 @@ def _check_output(config: PredictConfig, output: Path, work: Workload) -> None:
     finished = read_finished(output)
     if finished is not None and finished["run"] == work.facts:
         return
-    if config.overwrite:
+    if config.overwrite:  # a finished result stays until this one takes its place
         remove_others(output, work.facts)
-        if finished is not None:
-            (output / SUMMARY_FILE).unlink(missing_ok=True)
-            for name in finished["outputs"]:
-                (output / name).unlink(missing_ok=True)
         return
     if finished is not None:
         raise_other(output, finished["run"], work.facts)
@@ -127,7 +122,7 @@ def _report_start(work: Workload, mine: set[BlockId], todo: list[BlockId], log: 
 def _finish(parts: Parts, asked: Asked, shards: int, log: Log) -> dict[str, Any] | None:
     """Put the outputs together where this process is the last one; shards leave that to `combine`."""
     missing = parts.find_missing()
-    if read_finished(parts.output) is not None:
+    if read_finished(parts.output, parts.facts) is not None:
         return None  # another process was the last one
     if missing or shards > 1:
         everything = sum(1 for _ in list_blocks(parts.facts))
@@ -138,7 +133,7 @@ def _finish(parts: Parts, asked: Asked, shards: int, log: Log) -> dict[str, Any]
         log(f"this share is done, {state}{remedy}")
         return None
     with StopSignals() as signals, parts.combining():
-        if read_finished(parts.output) is not None:
+        if read_finished(parts.output, parts.facts) is not None:
             parts.remove()
             return None
 

@@ -17,6 +17,7 @@ from conftest import silent
 
 from qlora_moderation import CheckpointError, DataError, QAModeration, local_engine
 from qlora_moderation import combine as combining
+from qlora_moderation import predict as predicting
 from qlora_moderation.block_scoring import BlockScorer
 from qlora_moderation.cli import run_job
 from qlora_moderation.combine import combine
@@ -230,6 +231,27 @@ def test_another_run_never_mixes_in(make, model, inputs, unbroken, tmp_path):
     (tmp_path / "other" / "a.jsonl").write_text("mine")
     with pytest.raises(CheckpointError, match=r"holds a.jsonl, which is not of this run"):
         predict(make(output_dir=str(tmp_path / "other")), silent)
+
+
+def test_a_result_stays_until_the_one_that_replaces_it_is_whole(make, inputs, unbroken, tmp_path, monkeypatch):
+    shutil.copytree(unbroken, tmp_path / "out")
+    shutil.copytree(inputs, tmp_path / "in")
+    (tmp_path / "in" / "a.jsonl").rename(tmp_path / "in" / "z.jsonl")
+    config = make(input=(str(tmp_path / "in"),), overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(local_engine, "load_classifier", lambda *_, **__: (_ for _ in ()).throw(DataError("no model")))
+        with pytest.raises(DataError):
+            predict(config, silent)
+    assert content(unbroken).items() <= content(tmp_path / "out").items()
+    assert predict(make(), silent)["rows"] == 90, "the earlier result can still be used"
+    with monkeypatch.context() as patch:
+        patch.setattr(predicting, "finish", lambda *_: (_ for _ in ()).throw(Interrupted(signal.SIGTERM)))
+        with pytest.raises(Interrupted):
+            predict(config, silent)
+    assert content(unbroken).items() <= content(tmp_path / "out").items()
+    predict(config, silent)
+    assert (tmp_path / "out" / "z.jsonl").read_bytes() == (unbroken / "a.jsonl").read_bytes()
+    assert not (tmp_path / "out" / "a.jsonl").exists() and not (tmp_path / "out" / "parts").exists()
 
 
 def test_an_input_that_changes_under_way_is_not_used(make, inputs, tmp_path, monkeypatch):
