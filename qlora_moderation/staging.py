@@ -6,6 +6,7 @@ In: a place, and a block that fills a directory beside it, on one rank or on all
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -86,8 +87,24 @@ def _prepare(unfinished: Path, directory: Path) -> None:
 def _swap(unfinished: Path, directory: Path) -> None:
     old = _beside(directory, "old")
     with refusals(directory):
+        # first the bytes, then the name: after a power cut the name could else stand there without them
+        for path in [*unfinished.rglob("*"), unfinished]:
+            _settle(path)
         shutil.rmtree(old, ignore_errors=True)
         if directory.exists():
             directory.rename(old)
         unfinished.rename(directory)
+        _settle(directory.parent)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _settle(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():  # some file systems do not do this for directories
+            raise
+    finally:
+        os.close(handle)

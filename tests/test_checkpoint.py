@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from qlora_moderation.best import Best
 from qlora_moderation.checkpoint import find_checkpoints
 from qlora_moderation.errors import CheckpointError
 from qlora_moderation.loop import Loop
+from qlora_moderation.staging import replaced_whole
 from qlora_moderation.taxonomy import Taxonomy
 from qlora_moderation.train import train
 
@@ -59,6 +62,27 @@ def test_a_killed_run_ends_like_one_that_was_never_killed(method, llama, rows_fi
 
 def _kill():
     raise Killed
+
+
+def test_every_byte_of_a_directory_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    told, sync, rename = [], os.fsync, Path.rename
+
+    def sync_and_tell(handle):
+        told.append(str(Path(f"/proc/self/fd/{handle}").readlink()))
+        sync(handle)
+
+    def rename_and_tell(self, target):
+        told.append(f"{self.name} -> {target.name}")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", sync_and_tell)
+    monkeypatch.setattr(Path, "rename", rename_and_tell)
+    with replaced_whole(tmp_path / "step") as unfinished:
+        (unfinished / "deep").mkdir()
+        (unfinished / "deep" / "weights").write_bytes(b"1")
+    place = tmp_path / ".step.unfinished"
+    first = [str(each) for each in (place / "deep" / "weights", place / "deep", place)]
+    assert sorted(told[:3]) == sorted(first) and told[3:] == [f"{place.name} -> step", str(tmp_path)]
 
 
 def test_save_total_limit_keeps_the_newest(llama, rows_file, tmp_path):
