@@ -31,7 +31,7 @@ from qlora_moderation.train import train
 @pytest.mark.parametrize("method", grid.METHODS)
 def test_law_1_processes_sharding_budget_and_recomputation_change_no_step(method, llama, rows, rows_file, tmp_path):
     texts = [row["prompt"] for row in rows[:64]], [row["response"] for row in rows[:64]]
-    differences, skipped = grid.measure(method, grid.COVERING, llama, rows_file, texts, tmp_path, steps=10)
+    differences, skipped = grid.measure(method, grid.COVERING, llama, rows_file, texts, tmp_path, steps=6)
     assert len(differences) == 13 and not skipped
     assert not {name: each for name, each in differences.items() if each.fails}
 
