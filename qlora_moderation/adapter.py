@@ -121,11 +121,23 @@ def add_lora(model: PreTrainedModel, spec: BackboneSpec, config: TrainConfig) ->
             raise ConfigError(f"--target_modules {target}: names no linear layer; there are {', '.join(known)}")
     torch.manual_seed(config.seed)
     try:
-        with _magnitudes_without_weights(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # PEFT sets it right by itself
+        with _magnitudes_without_weights(), _quiet_peft():
             return get_peft_model(model, settings)
     except ValueError as error:
         raise ConfigError(f"--target_modules {' '.join(targets)}: {brief(error)}") from None
+
+
+@contextlib.contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """Silence what PEFT sets right by itself, what it asks by an older name, and keys that `check_adapter` names."""
+    with warnings.catch_warnings():
+        for start in (
+            "fan_in_fan_out is set to",
+            "`is_gradient_checkpointing` is deprecated",
+            "Found missing adapter keys",
+        ):
+            warnings.filterwarnings("ignore", message=start)
+        yield
 
 
 @contextlib.contextmanager
@@ -215,8 +227,7 @@ def load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
     found = read_adapter_tensors(directory).keys()
     try:
         fit_vocabulary(model, directory)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # they are named below
+        with _quiet_peft():
             network = PeftModel.from_pretrained(model, str(directory))
     except Exception as error:  # size mismatches, PEFT's own checks
         if is_shortage(error):

@@ -117,5 +117,8 @@ def _check_names(votes: dict[Any, Any], taxonomy: Taxonomy) -> None:
     unknown = [str(name) for name in votes if name not in taxonomy.categories]
     missing = [name for name in taxonomy.categories if name not in votes]
     if unknown or missing:
-        parts = [f"{what} {', '.join(names)}" for what, names in (("unknown", unknown), ("missing", missing)) if names]
-        raise BadRow(f"category {' and '.join(parts)}; name the row's categories with --taxonomy")
+        parts = [f"{what} {'; '.join(names)}" for what, names in (("unknown", unknown), ("missing", missing)) if names]
+        raise BadRow(
+            f"category: {', '.join(parts)}; give each of the {len(taxonomy.categories)} true or false, or name other "
+            "categories with --taxonomy"
+        )

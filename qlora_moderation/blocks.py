@@ -120,8 +120,10 @@ def check_columns(source: str, survey: Survey, needed: Iterable[tuple[str, str]]
     refuse_new_columns(source, names, prefix)
     for option, column in needed if survey.columns else ():
         if column not in names and column.partition(".")[0] not in names:
+            joined = next((mark for mark in (";", "\t", "|") if len(names) == 1 and mark in names[0]), None)
+            hint = f"; its columns must be parted by commas, not by {joined!r}" if joined else ""
             raise DataError(
-                f"{source}: has no column {column}{nearest(column, names)}, as --{option} says; it has {', '.join(names)}"
+                f"{source}: has no column {column}{nearest(column, names)}, as --{option} says; it has {', '.join(names)}{hint}"
             )
 
 

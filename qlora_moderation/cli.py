@@ -23,7 +23,16 @@ from qlora_moderation.config import (
     TuneConfig,
 )
 from qlora_moderation.errors import ConfigError, Interrupted, ModerationError
-from qlora_moderation.faults import report, report_early, report_fault, report_interrupt, report_once, report_stop
+from qlora_moderation.faults import (
+    describe_missing,
+    report,
+    report_early,
+    report_fault,
+    report_interrupt,
+    report_once,
+    report_stop,
+    report_unread,
+)
 from qlora_moderation.inputs import check_inputs
 from qlora_moderation.interruption import unwinding
 from qlora_moderation.options import build_parser, load_options, nearest
@@ -85,9 +94,9 @@ def _run_report(config: ReportConfig) -> None:
 def _run_backbone(config: BackboneConfig) -> None:
     from qlora_moderation.data import load_pairs
     from qlora_moderation.embedded import build_llama_shape
-    from qlora_moderation.taxonomy import Taxonomy
+    from qlora_moderation.taxonomy import load_taxonomy
 
-    taxonomy = Taxonomy()
+    taxonomy = load_taxonomy(config.taxonomy)
     pairs = load_pairs(config.train_data_name_or_path, taxonomy, config.on_bad_row)
     build_llama_shape(
         config.output_dir,
@@ -163,9 +172,18 @@ def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = Non
     _silence_libraries()
     try:
         with unwinding():
-            return job(config) or 0
+            code = job(config) or 0
+            sys.stdout.flush()
+            return code
     except ModerationError as error:
         return report_once(error)
+    except BrokenPipeError:
+        return report_unread(_GOES_ON.get(name, ""))
+    except ModuleNotFoundError as error:
+        missing = describe_missing(error)
+        if missing is None:
+            raise
+        return report_early(missing)
     except Interrupted as stop:
         return report_stop(stop)
     except KeyboardInterrupt as stop:
@@ -229,7 +247,7 @@ def _print_word(word: str, rest: Sequence[str]) -> int:
         return _print_completion(rest)
     if word in ("--version", "-V"):
         return _print_versions()
-    if word in ("", "--help", "-h"):
+    if word in ("", "help", "--help", "-h"):
         return _print_jobs(0 if word else 2)
     what, known = ("flag", ["--version", "--help"]) if word.startswith("-") else ("job", [*_JOBS, "completion"])
     raise ConfigError(f"unknown {what} {word}{nearest(word, known)}; the {what}s are {', '.join(known)}")

@@ -361,6 +361,7 @@ class BackboneConfig:
 
     train_data_name_or_path: str = option(help="rows whose texts the language model learns")
     output_dir: str = option(help="must not exist yet")
+    taxonomy: str | None = option(None, "YAML file with categories and template; default BeaverTails' 14")
     hidden_size: int = option(256, "width, a multiple of 64", minimum=64)
     num_layers: int = option(4, "decoder layers", minimum=1)
     vocab_size: int = option(4096, "most tokens of the tokenizer", minimum=512)

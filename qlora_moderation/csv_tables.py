@@ -79,7 +79,7 @@ class Csv(TextTable):
     def extend(self, raw: bytes, row: Row, new: dict[str, Any]) -> bytes:
         """See `TextTable`; a record that cannot be read leaves its columns empty and stands behind its error."""
         if isinstance(row, str):
-            new = {**new, "error": f"{new['error']}; it reads: {raw.decode('utf-8', 'backslashreplace')}"}
+            new = {**new, "error": f"{new['error']}; it reads: {raw.decode('utf-8', 'backslashreplace').rstrip()}"}
             raw = b"," * (len(self._header) - 1)
         cells = [_to_cell(new[name]) for name in NEW_COLUMNS]
         return _append_cells(raw, cells, _line_end(self._raw_header))

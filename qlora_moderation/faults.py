@@ -5,8 +5,10 @@ In: an exception. Out: lines on standard error, and the exit code.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import signal
 import sys
 import time
 import traceback
@@ -66,6 +68,25 @@ def report_interrupt(stop: KeyboardInterrupt, advice: str) -> int:
     if not _speaker():
         print(f"{'stopped by SIGTERM' if terminated else 'interrupted'}{advice}", file=sys.stderr)
     return 143 if terminated else 130
+
+
+def describe_missing(error: ModuleNotFoundError) -> ModerationError | None:
+    """Return what to say where a package is not installed, or None where a part of this one is missing."""
+    package = str(error.name).partition(".")[0]
+    if package in ("None", "qlora_moderation"):
+        return None
+    return ModerationError(
+        f"{package} is not installed in {sys.prefix}; take the environment of ./scripts/quickstart.sh: source "
+        ".venv/bin/activate"
+    )
+
+
+def report_unread(goes_on: str) -> int:
+    """Answer to whoever has stopped reading what a job says, as `| head` does."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"stopped: nobody reads the output any more{goes_on}", file=sys.stderr)
+    sys.stdout = None  # nothing is left to be flushed at the end
+    return 128 + signal.SIGPIPE
 
 
 def describe_refusal(error: OSError) -> ModerationError | None:

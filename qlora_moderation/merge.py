@@ -89,7 +89,7 @@ def merge_adapter(config: MergeConfig, log: Callable[[str], None] = print) -> Pa
             log(line)
         check_report(report)
     log(f"written: {output}")
-    log(f"next: scripts/evaluate.py --model_path {output} --eval_dataset FILE --output_dir DIR")
+    log(f"next: python scripts/evaluate.py --model_path {output} --eval_dataset FILE --output_dir DIR")
     return output
 
 
@@ -112,7 +112,7 @@ def _check_target(output: Path, adapter: Path, base: Path, overwrite: bool) -> N
     if others:
         raise CheckpointError(
             f"--output_dir {output}: holds {others[0]} beside the earlier merge (tuned thresholds leave {PREVIOUS_FILE}); "
-            "--overwrite would lose it, give another directory"
+            "--overwrite would lose it: remove it, or give another directory"
         )
 
 

@@ -82,7 +82,8 @@ def load_material(config: TrainConfig, classifier: Classifier, log: Log) -> Mate
     elif config.holds_out:
         training, validation = _hold_out(training, config)
         log(
-            f"validation: {len(validation)} pairs of whole prompts held out of the training data ({config.holds_out:.0%})"
+            f"validation: {len(validation)} pairs of whole prompts held out of the training data "
+            f"({len(validation) / (len(validation) + len(training.pairs)):.0%})"
         )
     audit = compute_audit(training.pairs, taxonomy, training.token_counts, config.max_length, validation)
     return Material(training.pairs, validation, training.ids, warnings, audit)

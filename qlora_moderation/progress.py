@@ -16,6 +16,7 @@ from qlora_moderation.errors import Interrupted
 from qlora_moderation.interruption import StopSignals
 
 _SECONDS = 30.0
+_FIRST_SECONDS = 5.0  # so that a short run tells of itself, too
 
 
 class Progress:
@@ -33,7 +34,8 @@ class Progress:
         self._rows, self._signals, self._log = rows, signals, None if visible else log
         self._say = self._bar.write if visible else log or (lambda line: None)
         self._rows_done = self._tokens_done = 0
-        self._started = self._told = time.monotonic()
+        self._started = time.monotonic()
+        self._told = self._started - _SECONDS + _FIRST_SECONDS
 
     def __enter__(self) -> Progress:
         return self

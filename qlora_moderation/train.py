@@ -104,11 +104,10 @@ def _train(config: TrainConfig, device: torch.device, log: Log) -> Path:
         run.close()
     log(f"written: {run.path} (weights in {weights})")
     if config.method == "full":
-        log(
-            f"next: scripts/evaluate.py --model_path {weights} --eval_dataset FILE --output_dir {run.path / 'evaluation'}"
-        )
+        place = run.path / "evaluation"
+        log(f"next: python scripts/evaluate.py --model_path {weights} --eval_dataset FILE --output_dir {place}")
     else:
-        log(f"next: scripts/merge_adapter.py --adapter_path {weights} --output_dir {run.path / 'merged'}")
+        log(f"next: python scripts/merge_adapter.py --adapter_path {weights} --output_dir {run.path / 'merged'}")
     return weights
 
 

@@ -64,7 +64,7 @@ def tune_model(config: TuneConfig, log: Callable[[str], None] = print) -> Thresh
     for line in _summarise(thresholds, names):
         log(line)
     log(f"written: {directory / 'thresholds.json'} (the one before: {PREVIOUS_FILE})")
-    log(f"next: scripts/evaluate.py --model_path {directory} --eval_dataset OTHER_ROWS --output_dir DIR")
+    log(f"next: python scripts/evaluate.py --model_path {directory} --eval_dataset OTHER_ROWS --output_dir DIR")
     return thresholds
 
 
@@ -129,7 +129,12 @@ def _summarise(thresholds: Thresholds, categories: tuple[str, ...]) -> list[str]
     shown = {"recall": point["recall"], "precision": point["precision"], "F1": point["f1"]}
     shown["false-positive rate"] = point["false_positive_rate"]
     lines.append("flagged on these rows: " + ", ".join(f"{k} {v:.3f}" for k, v in shown.items() if v is not None))
-    if point["f1"] <= always + 0.02:
+    source = fit["flagged"]["threshold_from"]
+    if source.startswith("default"):
+        lines.append(
+            f"warning: the threshold of flagged is not tuned, it keeps the {source}; give more rows, or lower --min_positives"
+        )
+    elif point["f1"] <= always + 0.02:
         lines.append(
             f"warning: flagging everything has F1 {always:.3f} on these rows; this threshold is hardly better. Ask for another "
             "objective, as 'fpr<=0.1', or train a better model"

@@ -98,12 +98,12 @@ def a_column_left_out(bench):
     return bench.train(bench.data(bench.lines(lambda row: row.pop("response"))))
 
 
-@case("{folder}/rows.jsonl, line 3: category missing privacy_violation; name the row's categories with --taxonomy")
+@case("{folder}/rows.jsonl, line 3: category: missing privacy_violation; give each of the 14 true or false, or name")
 def a_category_left_out(bench):
     return bench.train(bench.data(bench.lines(lambda row: row["category"].pop("privacy_violation"))))
 
 
-@case("{folder}/rows.jsonl, line 3: category unknown rudeness; name the row's categories with --taxonomy")
+@case("{folder}/rows.jsonl, line 3: category: unknown rudeness; give each of the 14 true or false, or name other")
 def a_category_too_many(bench):
     return bench.train(bench.data(bench.lines(lambda row: row["category"].update(rudeness=False))))
 

@@ -14,6 +14,7 @@ import pytest
 from qlora_moderation import environment
 from qlora_moderation.cli import _JOBS, main
 from qlora_moderation.completion import SHELLS
+from qlora_moderation.prediction_config import CombineConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 BASH = """
@@ -101,7 +102,7 @@ def test_misspelt_words_are_named(arguments, message, capsys):
 
 
 def test_help_names_every_word(capsys):
-    assert main(["--help"]) == 0
+    assert main(["--help"]) == main(["help"]) == 0
     said = capsys.readouterr().out
     assert all(f"\n  {word} " in said for word in (*_JOBS, "completion", "--version"))
     assert main([]) == 2 and main(["completion"]) == 2 and main(["completion", "--help"]) == 0
@@ -133,6 +134,52 @@ def test_a_reader_that_leaves_early_is_no_fault():
     done = run_command("--help", stdout=write, stderr=subprocess.PIPE)
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+class Unread:
+    """A standard output that nobody reads any more."""
+
+    def write(self, text):
+        raise BrokenPipeError
+
+    def flush(self):
+        raise BrokenPipeError
+
+
+def raise_it(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("run", "code", "said"),
+    [
+        (
+            lambda _: print("a line"),
+            141,
+            "stopped: nobody reads the output any more; nothing is lost, give the same comm",
+        ),
+        (
+            lambda _: sys.stdout.flush(),
+            141,
+            "stopped: nobody reads the output any more; nothing is lost, give the same",
+        ),
+        (lambda _: raise_it(ModuleNotFoundError(name="torch.nn")), 2, "error: torch is not installed in "),
+    ],
+)
+def test_what_ends_a_job_from_outside_is_said_in_one_line(run, code, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(_JOBS, "combine", (CombineConfig, run, ""))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Unread())
+        assert main(["combine", "--output_dir", str(tmp_path)]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(said)
+
+
+def test_a_missing_part_of_this_package_is_no_missing_package(tmp_path, monkeypatch):
+    error = ModuleNotFoundError(name="qlora_moderation.gone")
+    monkeypatch.setitem(_JOBS, "combine", (CombineConfig, lambda _: raise_it(error), ""))
+    with pytest.raises(ModuleNotFoundError):
+        main(["combine", "--output_dir", str(tmp_path)])
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,9 @@ def test_new_columns_never_replace_old_ones(tmp_path):
     check_columns("a.csv", survey, [("prompt_column", "prompt")], "judged_")
     with pytest.raises(DataError, match=r"has no column promt \(did you mean prompt\?\), as --prompt_column says"):
         check_columns("a.csv", survey, [("prompt_column", "promt")], "x")
+    path.write_text("prompt;response\na;b\n")
+    with pytest.raises(DataError, match=r"it has prompt;response; its columns must be parted by commas, not by ';'$"):
+        check_columns("a.csv", open_table(Source(str(path)), "").survey(10), [("prompt_column", "prompt")], "")
 
 
 def test_inputs_are_files_directories_and_globs_in_a_fixed_order(tmp_path):

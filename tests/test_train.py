@@ -43,7 +43,14 @@ def test_a_run_directory_holds_what_the_readme_says(runs):
         assert yaml.safe_load((run.directory / "config.yaml").read_text())["method"] == method
         assert run.weights.name == ("model" if method == "full" else "adapter")
         log = "\n".join(run.log)
-        for fact in ("pairs a step 16", "steps 4", "trainable ", "static memory", "an epoch has", "next: scripts/"):
+        for fact in (
+            "pairs a step 16",
+            "steps 4",
+            "trainable ",
+            "static memory",
+            "an epoch has",
+            "next: python scripts/",
+        ):
             assert fact in log
 
 
@@ -240,6 +247,9 @@ def test_another_taxonomy_end_to_end(count, llama, tmp_path):
         rows = [{key: row[key] for key in ("prompt", "response", "is_safe")} for row in rows]
     data = write_rows(tmp_path / "rows.jsonl", rows)
     (tmp_path / "taxonomy.yaml").write_text(yaml.safe_dump(taxonomy))
+    taxonomy_flags = ["--taxonomy", str(tmp_path / "taxonomy.yaml"), "--steps", "0", "--num_layers", "1"]
+    flags = ["--train_data_name_or_path", str(data), "--output_dir", str(tmp_path / "backbone"), *taxonomy_flags]
+    assert run_job("backbone", flags) == 0
     config = make_config(llama, data, tmp_path / "run", taxonomy=str(tmp_path / "taxonomy.yaml"), method="qlora")
     weights = train(config, silent)
     merge_adapter(MergeConfig(str(weights), str(tmp_path / "merged")), silent)

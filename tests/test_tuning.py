@@ -211,6 +211,11 @@ def test_rows_that_the_model_was_trained_on_do_not_tune_it(runs, rows_file, vali
     log: list[str] = []
     tuned = tune_model(TuneConfig(str(model), str(both), min_positives=5), log.append)
     assert any("are left out: the model was trained on their prompts" in line for line in log)
+    untuned = "warning: the threshold of flagged is not tuned, it keeps the default: fewer than 1000 "
+    assert not any(line.startswith(untuned) for line in log)
+    tune_model(TuneConfig(str(model), str(both), min_positives=1000, objective="recall>=0.9"), log.append)
+    assert any(line.startswith(untuned) for line in log)
+    tuned = tune_model(TuneConfig(str(model), str(both), min_positives=5), log.append)
     fresh = {(r["prompt"], r["response"]) for r in map(json.loads, validation_file.read_text().splitlines())}
     assert tuned.fit["pairs"] == len(fresh)
     with pytest.raises(DataError, match=r"--max_missed_harm 0.05 --confidence 0.95: needs at least 59"):
