@@ -75,7 +75,7 @@ class Queue:
         self.tokens = 0
         self.max_tokens = 0
         self.headroom = 0
-        self._waiting: list[Job] = []
+        self._waiting: dict[Job, None] = {}  # in the order of arrival; leaving it takes no search
         self._open: set[Job] = set()  # queued and not answered
         self._refusing = False  # it was full, and the headroom is not there again
 
@@ -100,7 +100,7 @@ class Queue:
         """Let windows of these lengths wait."""
         logits = np.empty((len(lengths), categories), dtype=np.float32)
         job = Job(cut, lengths, logits, asyncio.get_running_loop().create_future(), time.monotonic())
-        self._waiting.append(job)
+        self._waiting[job] = None
         self._open.add(job)
         self.tokens += sum(lengths)
         return job
@@ -114,13 +114,12 @@ class Queue:
             self.tokens -= sum(job.lengths[start:stop])
             job.begun = stop
             if stop == len(job.lengths):
-                self._waiting.remove(job)
+                del self._waiting[job]
         return parts
 
     def forget(self, job: Job) -> None:
         """Drop what is left of a request, if anything is."""
-        if job in self._waiting:
-            self._waiting.remove(job)
+        self._waiting.pop(job, None)
         self.tokens -= sum(job.lengths[job.begun :])
         job.begun = len(job.lengths)
         self._open.discard(job)
