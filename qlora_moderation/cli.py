@@ -25,6 +25,7 @@ from qlora_moderation.config import (
 from qlora_moderation.errors import ConfigError, Interrupted, ModerationError
 from qlora_moderation.faults import (
     describe_missing,
+    is_unread,
     report,
     report_early,
     report_fault,
@@ -177,8 +178,8 @@ def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = Non
             return code
     except ModerationError as error:
         return report_once(error)
-    except BrokenPipeError:
-        return report_unread(_GOES_ON.get(name, ""))
+    except BrokenPipeError as error:
+        return report_unread(_GOES_ON.get(name, "")) if is_unread() else report_fault(error, name)
     except ModuleNotFoundError as error:
         missing = describe_missing(error)
         if missing is None:

@@ -81,8 +81,17 @@ def describe_missing(error: ModuleNotFoundError) -> ModerationError | None:
     )
 
 
+def is_unread() -> bool:
+    """Say whether nobody reads standard output any more, as behind `| head`; a connection may break, too."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False
+
+
 def report_unread(goes_on: str) -> int:
-    """Answer to whoever has stopped reading what a job says, as `| head` does."""
+    """Say why a job stopped whose output is not read."""
     with contextlib.suppress(OSError, ValueError):
         print(f"stopped: nobody reads the output any more{goes_on}", file=sys.stderr)
     sys.stdout = None  # nothing is left to be flushed at the end

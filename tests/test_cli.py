@@ -175,10 +175,10 @@ def test_what_ends_a_job_from_outside_is_said_in_one_line(run, code, said, tmp_p
     assert line.startswith(said)
 
 
-def test_a_missing_part_of_this_package_is_no_missing_package(tmp_path, monkeypatch):
-    error = ModuleNotFoundError(name="qlora_moderation.gone")
+@pytest.mark.parametrize("error", [ModuleNotFoundError(name="qlora_moderation.gone"), BrokenPipeError("a connection")])
+def test_what_is_wrong_inside_keeps_its_traceback(error, tmp_path, monkeypatch):
     monkeypatch.setitem(_JOBS, "combine", (CombineConfig, lambda _: raise_it(error), ""))
-    with pytest.raises(ModuleNotFoundError):
+    with pytest.raises(type(error)):
         main(["combine", "--output_dir", str(tmp_path)])
 
 
