@@ -174,8 +174,8 @@ BAD_JSON = {
     "no response": (changed(response=None), "column response is missing"),
     "no category": (changed(category=None), "column category is missing"),
     "no is_safe": (changed(is_safe=None), "column is_safe is missing"),
-    "unknown category": (changed(category={**GOOD[4]["category"], "arson": False}), "category unknown arson"),
-    "missing category": (changed(category={"abuse": False}), "category missing theft,fraud"),
+    "unknown category": (changed(category={**GOOD[4]["category"], "arson": False}), "category: unknown arson"),
+    "missing category": (changed(category={"abuse": False}), "category: missing theft,fraud"),
     "category as text": (changed(category="abuse"), "category is 'abuse', not a mapping"),
     "number for text": (changed(prompt=3), "prompt is int, not text"),
     "null": ({**changed(), "response": None}, "response is empty (null), not text"),
@@ -259,8 +259,8 @@ BAD_CSV = {
     "broken JSON": (b'a,b,"{""abuse"": fal",True', "not a mapping of names"),
     "deep JSON": (b'a,b,"' + b'{""a"":' * 100_000 + b'",True', "category"),
     "long number": (b'a,b,"{""abuse"": ' + b"1" * 5000 + b'}",True', "category"),
-    "unknown": (b'a,b,"{""arson"": false, ""abuse"": false, ""theft,fraud"": false}",True', "category unknown arson"),
-    "missing": (b'a,b,"{""abuse"": false}",True', "category missing theft,fraud"),
+    "unknown": (b'a,b,"{""arson"": false, ""abuse"": false, ""theft,fraud"": false}",True', "category: unknown arson"),
+    "missing": (b'a,b,"{""abuse"": false}",True', "category: missing theft,fraud"),
     "empty": (b"a,b,,True", "category is '', not a mapping"),
     "flag": (b'a,b,"{""abuse"": false, ""theft,fraud"": false}",maybe', "is_safe is 'maybe', not true or false"),
     "label": (b'a,b,"{""abuse"": 0, ""theft,fraud"": false}",True', "category abuse is 0, not true or false"),
@@ -299,7 +299,7 @@ def test_a_table_without_a_column_is_refused_at_its_first_row(name, drop, reason
 def test_a_wide_csv_needs_a_column_for_each_category(tmp_path):
     path = tmp_path / "wide.csv"
     path.write_text("prompt,response,is_safe,abuse\na,b,True,False\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"line 2: category missing theft,fraud"):
+    with pytest.raises(DataError, match=r"line 2: category: missing theft,fraud"):
         load(path)
     path.write_text("prompt,response,is_safe\na,b,True\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"line 2: column category is missing"):
