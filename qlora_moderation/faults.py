@@ -76,8 +76,8 @@ def describe_missing(error: ModuleNotFoundError) -> ModerationError | None:
     if package in ("None", "qlora_moderation"):
         return None
     return ModerationError(
-        f"{package} is not installed in {sys.prefix}; take the environment of ./scripts/quickstart.sh: source "
-        ".venv/bin/activate"
+        f"{package} is not installed in {sys.prefix}; install it, or take the environment of ./scripts/quickstart.sh: "
+        "source .venv/bin/activate"
     )
 
 

@@ -46,6 +46,9 @@ COVERING = [  # every pair of (processes and sharding, budget, recomputation), b
     Cell(*place, budget, bool((i + j) % 2))
     for (i, place), (j, budget) in itertools.product(enumerate(PLACES[1:]), enumerate(BUDGETS))
 ]
+ONCE = [  # each (processes and sharding), with every budget and with and without recomputation somewhere
+    Cell(*place, BUDGETS[i % len(BUDGETS)], bool(i % 2)) for i, place in enumerate(PLACES[1:])
+]
 
 
 def options(backbone: Path, data: Path, output: Path, processes: int, **more) -> dict:
