@@ -174,7 +174,7 @@ def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = Non
     try:
         with unwinding():
             code = job(config) or 0
-            sys.stdout.flush()
+            print(end="", flush=True)  # unlike a flush of its own, this bears a closed standard output
             return code
     except ModerationError as error:
         return report_once(error)

@@ -84,7 +84,7 @@ def describe_missing(error: ModuleNotFoundError) -> ModerationError | None:
 def is_unread() -> bool:
     """Say whether nobody reads standard output any more, as behind `| head`; a connection may break, too."""
     try:
-        sys.stdout.flush()
+        print(end="", flush=True)
     except BrokenPipeError:
         return True
     return False

@@ -175,6 +175,13 @@ def test_what_ends_a_job_from_outside_is_said_in_one_line(run, code, said, tmp_p
     assert line.startswith(said)
 
 
+def test_a_job_needs_no_standard_output(tmp_path, monkeypatch):
+    monkeypatch.setitem(_JOBS, "combine", (CombineConfig, lambda _: print("a line"), ""))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None)  # as Python has it where descriptor 1 is closed
+        assert main(["combine", "--output_dir", str(tmp_path)]) == 0
+
+
 @pytest.mark.parametrize("error", [ModuleNotFoundError(name="qlora_moderation.gone"), BrokenPipeError("a connection")])
 def test_what_is_wrong_inside_keeps_its_traceback(error, tmp_path, monkeypatch):
     monkeypatch.setitem(_JOBS, "combine", (CombineConfig, lambda _: raise_it(error), ""))
