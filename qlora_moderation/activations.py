@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
+from qlora_moderation.attention import cast_as_products
 from qlora_moderation.blueprint import Blueprint
 from qlora_moderation.errors import ModerationError, brief
 from qlora_moderation.layout import MicroBatch, Segments, build_micro_batch
@@ -246,6 +247,7 @@ def _counted_attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any, **unused: Any
 ) -> tuple[torch.Tensor, None]:
     """Stand in for the attention of a packed row on CUDA, where `attention` says what is really computed."""
+    query, key, value = cast_as_products(query, key, value)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

@@ -62,6 +62,18 @@ def _causal_option() -> dict[str, Any]:
     return {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
 
 
+def cast_as_products(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Return tensors in the type that autocast gives to products, as torch's own attention takes them; without it as they are.
+
+    Positions turn queries and keys in fp32 where weights are fp32, and a CUDA kernel for texts of any length has half precision
+    alone.
+    """
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    return [tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors]
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -99,6 +111,7 @@ def packed_attention(
         length, device = key.shape[2], query.device
         borders = torch.tensor([0, length], dtype=torch.int32, device=device)
         segments = Segments((length,), borders, torch.tensor([length - 1], device=device))
+    query, key, value = cast_as_products(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     half = query.dtype in (torch.float16, torch.bfloat16)
     attend = _attend_variable_length if query.is_cuda and half else _attend_by_text

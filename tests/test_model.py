@@ -13,6 +13,7 @@ from conftest import make_config
 from torch import nn
 from transformers import AutoConfig, GPT2Config, GPT2ForSequenceClassification, LlamaConfig
 
+from qlora_moderation import attention
 from qlora_moderation.adapter import add_lora, find_head
 from qlora_moderation.backbone import BackboneSpec, choose_dtype, choose_layout, inspect_backbone
 from qlora_moderation.classifier import check_max_length
@@ -55,6 +56,21 @@ def test_what_is_quantised_frozen_and_trained(method, llama, build):
     assert trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
     # the embedding (599 or fewer rows), the linear layers of two decoder layers, norms, head and adapters
     assert everything - (trainable if method != "full" else 0) > 100_000
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_attention_gets_the_type_that_products_have(method, llama, build, monkeypatch):
+    """`full` has fp32 weights, positions turn its queries and keys in fp32, and CUDA's kernel takes half precision alone."""
+    seen, attend = [], attention._attend_by_text
+
+    def watch(query, key, value, *others):
+        seen.extend(tensor.dtype for tensor in (query, key, value))
+        return attend(query, key, value, *others)
+
+    monkeypatch.setattr(attention, "_attend_by_text", watch)
+    model = build(llama, method=method, dtype="bfloat16").model
+    model(build_micro_batch([[5, 6, 7], [8, 9]], "packed", 0, CPU)).sum().backward()
+    assert seen and set(seen) == {torch.bfloat16}
 
 
 def test_the_backbone_s_dropout_is_off_unless_asked_for(bert, build):
