@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from qlora_moderation.assembly import build_classifier, estimate_memory
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.distributed import current_device, processes
 from qlora_moderation.embedded import build_tokenizer, render_texts
+from qlora_moderation.errors import brief
 from qlora_moderation.interruption import StopSignals
 from qlora_moderation.loop import Loop
 from qlora_moderation.plan import build_plan, load_material
@@ -319,7 +321,14 @@ def main():
     print(f"{results['hardware']}, {results['versions']}: {rate / 1e12:.1f} TFLOP/s in products")
     small = arguments.shape == "small"
 
-    def note(kind, rows):
+    def note(kind, name, measure, *given):
+        """Add what a function finds; one that fails is noted as such, and the next one has its turn."""
+        try:
+            found = measure(*given)
+        except Exception as error:
+            traceback.print_exc()
+            kind, found = "checks", show(name, False, f"failed: {type(error).__name__}: {brief(error)}")
+        rows = found if isinstance(found, list) else [found]
         results[kind] = results.get(kind, []) + rows
         write_results(output, results)
         print(f"{time.monotonic() - started:.0f} s\n{as_table(rows)}", flush=True)
@@ -339,10 +348,10 @@ def main():
             max_tokens_per_micro_batch=4096,
             cache_dir=None,
         )
-        note("checks", [check_packing(base, device)])
+        note("checks", "packed = padded", check_packing, base, device)
         for method in ("lora", "qlora"):
-            note("checks", [check_sharding(dataclasses.replace(base, method=method), root)])
-        note("checks", [check_resume(dataclasses.replace(base, method="qlora"), root)])
+            note("checks", f"sharding, {method}", check_sharding, dataclasses.replace(base, method=method), root)
+        note("checks", "resume", check_resume, dataclasses.replace(base, method="qlora"), root)
         for method in ("lora", "qlora"):
             config = dataclasses.replace(base, method=method, max_steps=6, gradient_checkpointing="none")
             classifier = build_classifier(config, Taxonomy(), device, lambda line: None)
@@ -356,10 +365,11 @@ def main():
             ):
                 setting = {"max_tokens_per_micro_batch": budget, "gradient_checkpointing": recompute}
                 changed = dataclasses.replace(config, **setting)
-                note("training", [measure_training(classifier, material, changed, weights, rate)])
+                name = f"training, {method}, {budget} tokens, recomputing {recompute}"
+                note("training", name, measure_training, classifier, material, changed, weights, rate)
             classifier.model.network.gradient_checkpointing_disable()
-            note(f"profile of {method}", profile_step(classifier, material, config))
-            note("scoring", [measure_scoring(classifier, rows, weights, rate)])
+            note(f"profile of {method}", f"profile of {method}", profile_step, classifier, material, config)
+            note("scoring", f"scoring, {method}", measure_scoring, classifier, rows, weights, rate)
             del classifier, material
             if device.type == "cuda":
                 torch.cuda.empty_cache()
