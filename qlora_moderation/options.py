@@ -39,8 +39,11 @@ def option(default: Any = dataclasses.MISSING, help: str = "", **checks: Any) ->
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ` (did you mean X?)` for the nearest known name, or nothing when none is near."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    """Return ` (did you mean X?)` for the nearest known name, or the first with these words in it, or nothing."""
+    names = list(known)
+    match = difflib.get_close_matches(name, names, n=1)
+    if not match and len(name) > 2:  # two letters, as of a learning rate, stand for too much
+        match = [other for other in names if set(name.split("_")) <= set(other.split("_"))]
     return f" (did you mean {match[0]}?)" if match else ""
 
 
@@ -129,10 +132,24 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see --help")
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Shows `--flag X`: that a value may be missing is argparse's way to let us say so in our own words."""
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        return action.metavar if isinstance(action.metavar, str) else super()._format_args(action, default_metavar)
+
+
 def build_parser(cls: type, description: str, prog: str | None = None) -> argparse.ArgumentParser:
     """Return an argument parser with one flag for each field of `cls`, and `--config`."""
+    needed = " ".join(f"--{field.name} X" for field in dataclasses.fields(cls) if field.metadata["required"])
     parser = _Parser(
-        prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False
+        prog=prog,
+        usage=" ".join(filter(None, ["%(prog)s", needed, "[--config YAML] [--flag X ...]"])),
+        description=description,
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        add_help=False,
     )
     parser.add_argument("--help", action="help", help="show this text (also -h)")
     parser.add_argument(
@@ -142,15 +159,22 @@ def build_parser(cls: type, description: str, prog: str | None = None) -> argpar
     for field in dataclasses.fields(cls):
         annotation = hints[field.name]
         names = [f"--{name}" for name in (field.name, *field.metadata.get("aliases", ()))]
-        shown = "required" if field.metadata["required"] else f"default: {field.default}"
-        if typing.get_origin(annotation) is Literal:
-            shown = f"{' | '.join(map(str, typing.get_args(annotation)))}; {shown}"
-        text = f"{field.metadata['help']} ({shown})".replace("%", "%%")
-        arity: dict[str, Any] = {"nargs": "?", "const": _BARE}
-        if typing.get_origin(annotation) is tuple:
-            arity = {"nargs": "*", "action": "extend"}  # given twice, both count
-        parser.add_argument(*names, dest=field.name, help=text, metavar="X", **arity)
+        facts = [" | ".join(map(str, typing.get_args(annotation)))] if typing.get_origin(annotation) is Literal else []
+        if field.metadata["required"]:
+            facts.append("required")
+        elif field.default not in (None, "", ()):
+            facts.append(f"default: {_say_default(field.default)}")
+        text = " ".join(filter(None, [field.metadata["help"], f"({'; '.join(facts)})" if facts else ""]))
+        several = typing.get_origin(annotation) is tuple
+        # given twice, both lists count
+        arity: dict[str, Any] = {"nargs": "*", "action": "extend"} if several else {"nargs": "?", "const": _BARE}
+        metavar = "X ..." if several else "[True | False]" if annotation is bool else "X"
+        parser.add_argument(*names, dest=field.name, help=text.replace("%", "%%"), metavar=metavar, **arity)
     return parser
+
+
+def _say_default(default: Any) -> str:
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
 _BARE = "\0bare"  # a flag without a value: `--gradient_checkpointing`

@@ -187,6 +187,7 @@ def test_an_unreadable_yaml_is_one_fault(tmp_path, content):
         ("--learning 1", "unknown flag --learning (did you mean learning_rate?)"),  # no abbreviations
         ("--evaluation_strateg no", "did you mean evaluation_strategy?"),
         ("--confg x.yaml", "did you mean config?"),
+        ("--batch_size 1", "unknown flag --batch_size (did you mean per_device_train_batch_size?)"),
         ("--learning_rate", "--learning_rate: needs a value"),
         ("--learning_rate abc", "--learning_rate: 'abc' is not valid, expected a finite number"),
         ("--learning_rate inf", "expected a finite number"),
@@ -204,6 +205,8 @@ def test_flag_faults(flags, words):
 
 def test_a_nearest_name_is_given_only_where_one_is_near():
     assert faults_of("--xyzzy") == ["unknown flag --xyzzy"]
+    with pytest.raises(ConfigError, match=r"^unknown flag --version$"):  # overwrite is as far as half of its letters
+        load("--adapter_path", "A", "--output_dir", "D", "--version", cls=MergeConfig)
 
 
 def test_a_stray_word_is_refused():
@@ -404,8 +407,11 @@ def test_the_command_line_of_evaluate_parses(name):
 @pytest.mark.parametrize("cls", CONFIGS)
 def test_help_names_every_option(cls):
     text = build_parser(cls, "").format_help()
+    usage = " ".join(text.split("\n\n")[0].split())
     for field in dataclasses.fields(cls):
-        assert f"--{field.name}" in text and field.metadata["help"], field.name
+        assert f"\n  --{field.name}" in text and field.metadata["help"], field.name
+        assert (f"--{field.name} X" in usage) == field.metadata["required"]
+    assert not any(word in text for word in ("default: None", "default: ()", "default: )", "[X]"))
 
 
 def run_cli(job: str, *flags: str) -> subprocess.CompletedProcess[str]:
