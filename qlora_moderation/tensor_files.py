@@ -237,15 +237,11 @@ class TensorWriter(contextlib.AbstractContextManager["TensorWriter"]):
             # wide types first: every tensor then starts at a multiple of its element's size
             ordered = sorted(names, key=lambda name: -tensors[name][1].itemsize)
             header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-            offset = 0
+            offset, begins = 0, {}
             for name in ordered:
                 shape, dtype = tensors[name]
-                header[name] = {
-                    "dtype": _NAMES[dtype],
-                    "shape": list(shape),
-                    "data_offsets": [offset, offset + sizes[name]],
-                }
-                offset += sizes[name]
+                begins[name], offset = offset, offset + sizes[name]
+                header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begins[name], offset]}
             text = json.dumps(header).encode()
             text += b" " * (-len(text) % 8)
             path = directory / file
@@ -254,9 +250,8 @@ class TensorWriter(contextlib.AbstractContextManager["TensorWriter"]):
             handle.write(len(text).to_bytes(8, "little") + text)
             handle.truncate(8 + len(text) + offset)
             for name in ordered:
-                begin = 8 + len(text) + header[name]["data_offsets"][0]  # type: ignore[index]
                 shape, dtype = tensors[name]
-                self.places[name] = StoredTensor(path, begin, dtype, tuple(shape))
+                self.places[name] = StoredTensor(path, 8 + len(text) + begins[name], dtype, tuple(shape))
         write_index(directory, self.files, total)
 
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
