@@ -54,6 +54,14 @@ def readme_commands() -> list[str]:
     return [line for line in readme_lines() if re.search(r"scripts/\w+\.(py|sh)", line)]
 
 
+def test_every_link_inside_the_readme_leads_to_a_section():
+    text = (ROOT / "README.md").read_text()
+    sections = re.findall(r"^##+ (.+)$", text, flags=re.MULTILINE)
+    places = {re.sub(r"[^\w -]", "", section).lower().replace(" ", "-") for section in sections}
+    links = re.findall(r"\]\(#(.+?)\)", text)
+    assert len(links) > 20 and set(links) <= places
+
+
 def test_every_command_of_the_readme_parses():
     commands = readme_commands()
     assert len(commands) >= 5
