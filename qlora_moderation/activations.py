@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
-from qlora_moderation.attention import cast_as_products
+from qlora_moderation.attention import cast_as_products, fit_key_heads
 from qlora_moderation.blueprint import Blueprint
 from qlora_moderation.errors import ModerationError, brief
 from qlora_moderation.layout import MicroBatch, Segments, build_micro_batch
@@ -239,6 +239,9 @@ class _VariableLengthAttention(torch.autograd.Function):
         query, key, value, _, sums = ctx.saved_tensors
         summed, row_sums = torch.empty_like(query, dtype=torch.float32), torch.empty_like(sums)
         found = tuple(torch.empty_like(tensor) for tensor in (query, key, value))
+        if key.shape != query.shape:  # the kernel sums over the queries' heads behind its end
+            spread = [torch.empty(len(key), *query.shape[1:], dtype=key.dtype) for _ in range(2)]
+            del spread
         del summed, row_sums
         return found
 
@@ -248,9 +251,7 @@ def _counted_attention(
 ) -> tuple[torch.Tensor, None]:
     """Stand in for the attention of a packed row on CUDA, where `attention` says what is really computed."""
     query, key, value = cast_as_products(query, key, value)
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    key, value = fit_key_heads(query, key, value)
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
     attended: Any = _VariableLengthAttention.apply(q, k, v)
     return attended[None], None

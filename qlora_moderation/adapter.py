@@ -228,7 +228,8 @@ def load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
     try:
         fit_vocabulary(model, directory)
         with _quiet_peft():
-            network = PeftModel.from_pretrained(model, str(directory))
+            # PEFT would read it onto the first GPU, in every process
+            network = PeftModel.from_pretrained(model, str(directory), torch_device=str(model.device))
     except Exception as error:  # size mismatches, PEFT's own checks
         if is_shortage(error):
             raise

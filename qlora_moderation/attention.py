@@ -40,26 +40,36 @@ def _attend_variable_length(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    known = _kernel_parameters()
+    key, value = fit_key_heads(query, key, value)
+    options: dict[str, Any] = {"scale": scale}
+    if key.shape[1] != query.shape[1]:
+        options["enable_gqa"] = True
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
     longest, borders = max(segments.lengths), segments.borders
     if len(q) == len(segments.lengths):  # last tokens see all of their texts
         own = torch.arange(len(borders), dtype=borders.dtype, device=borders.device)
-        attended: Any = varlen_attn(q, k, v, own, borders, 1, longest, scale=scale)
+        attended: Any = varlen_attn(q, k, v, own, borders, 1, longest, **options)
     else:
-        attended = varlen_attn(q, k, v, borders, borders, longest, longest, scale=scale, **_causal_option())
+        # torch 2.11 says causal by a flag, later versions by a window that never looks ahead
+        options |= {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+        attended = varlen_attn(q, k, v, borders, borders, longest, longest, **options)
     return attended[None]
 
 
 @functools.cache
-def _causal_option() -> dict[str, Any]:
-    """Torch 2.11 says causal by a flag, later versions by a window that never looks ahead."""
+def _kernel_parameters() -> frozenset[str]:
     from torch.nn.attention.varlen import varlen_attn
 
-    parameters = inspect.signature(varlen_attn).parameters
-    return {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def fit_key_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys and values [1, heads, T, head size] as this torch's kernel takes them: a later one repeats heads itself."""
+    groups = query.shape[1] // key.shape[1]
+    if groups == 1 or "enable_gqa" in _kernel_parameters():
+        return key, value
+    return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
 
 def cast_as_products(*tensors: torch.Tensor) -> list[torch.Tensor]:

@@ -245,7 +245,9 @@ def _describe_nf4(quantization: Quantization, dtype: torch.dtype) -> BitsAndByte
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=quantization.double_quant,
         bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=dtype,  # as the weights beside them, so that fsdp can cut them like those
+        # floating-point, so that fsdp can cut it, and never bfloat16: where all that fsdp gathers together has that type, CUDA
+        # copies it through fp32 and rewrites every NaN among the payload's bits (pytorch#159333)
+        bnb_4bit_quant_storage=torch.float32,
         llm_int8_skip_modules=["score"],
     )
 

@@ -18,7 +18,7 @@ from qlora_moderation.blueprint import Blueprint
 from qlora_moderation.config import TrainConfig
 from qlora_moderation.distributed import world_size
 from qlora_moderation.errors import ConfigError
-from qlora_moderation.estimate import Kind, MemoryEstimate, MemoryEstimator, Setting, reserve
+from qlora_moderation.estimate import CONTEXT_BYTES, Kind, MemoryEstimate, MemoryEstimator, Setting, reserve
 from qlora_moderation.recomputation import RECOMPUTATIONS, Recomputation
 
 
@@ -67,7 +67,9 @@ class Capacity:
 def device_memory(device: torch.device) -> int:
     """Return the bytes that one process may count on."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+        free, total = torch.cuda.mem_get_info(device)
+        # the reserve, which is taken off later, holds this process's own context
+        return min(total, free + torch.cuda.memory_reserved(device) + CONTEXT_BYTES)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with contextlib.suppress(OSError, ValueError):  # no limit set, or no control groups here
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))

@@ -27,7 +27,7 @@ Kind = Literal["none", "ddp", "fsdp"]
 HELD_SHARE = 0.125
 """Of a device's memory that whole gradients may take which fsdp holds back for the last micro-batch of a step."""
 
-_CONTEXT_BYTES = 768 * 2**20  # CUDA context, cuBLAS and NCCL: an assumption, not measured
+CONTEXT_BYTES = 768 * 2**20  # CUDA context, cuBLAS and NCCL: an assumption, not measured
 _FRAGMENTED_SHARE = 0.05  # of a card that the allocator cannot use: an assumption, not measured
 _HOST_BYTES = 2**30  # interpreter, libraries and data of a process on the CPU
 
@@ -103,7 +103,7 @@ class MemoryEstimate:
 
 def reserve(memory: int, device_type: str = "cuda") -> int:
     """Return the bytes of a device that an estimate must leave free: assumptions, not measured."""
-    return int(_CONTEXT_BYTES + _FRAGMENTED_SHARE * memory) if device_type == "cuda" else _HOST_BYTES
+    return int(CONTEXT_BYTES + _FRAGMENTED_SHARE * memory) if device_type == "cuda" else _HOST_BYTES
 
 
 class MemoryEstimator:

@@ -207,6 +207,7 @@ class Loop:
         sharding.reduce_gradients(self.trainable)
         value = sum_over_ranks(loss)
         norm = gather_full(torch.nn.utils.clip_grad_norm_(self.trainable, config.max_grad_norm or math.inf))
+        norm = norm.to(self.device)  # gradients may lie on the host, see --fsdp_cpu_offload
         broken = torch.isfinite(norm).logical_and_(torch.isfinite(value)).logical_not_().to(self.broken.dtype)
         self.broken = torch.maximum(self.broken, broken)
         if self.reads_late:
@@ -269,4 +270,4 @@ class Loop:
 
 def can_read_late(config: TrainConfig, device: torch.device) -> bool:
     """Say whether losses may stay on the device until a line is due: a GPU that can itself refuse a broken step."""
-    return device.type == "cuda" and config.optim == "adamw_torch_fused"
+    return device.type == "cuda" and config.optim == "adamw_torch_fused" and not config.offloads

@@ -160,7 +160,10 @@ def _compare_tensors(
         the written type plus a millionth of the tensor's largest magnitude (products summed in another order).
     """
     if whole:
-        expected = merge_in_memory(opened, dequantize, current_device(use_cpu)).state_dict()
+        # on a CPU, as the writer rounds: on CUDA the constants of NF4 may differ in the last place, and with them whole numbers
+        misread = any(recipe.nf4 is not None and recipe.shape[-1] % 64 for recipe in plan.recipes.values())
+        device = current_device(use_cpu) if misread else torch.device("cpu")
+        expected = merge_in_memory(opened, dequantize, device).state_dict()
     else:
         expected = merge_single_weights(opened.directory, plan.recipes, _sample_names(plan))
     places = find_tensors(str(directory))

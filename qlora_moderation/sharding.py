@@ -104,7 +104,7 @@ def distribute_model(
     if sharding.kind == "none":
         return sharding
     if sharding.kind == "ddp":
-        _fill(model, model.device, set())
+        _fill(model, model.device, set(), guarded=False)
         return sharding
     mesh = init_device_mesh(model.device.type, (world_size(),))
     offload: OffloadPolicy = CPUOffloadPolicy() if config.offloads and mesh.device_type == "cuda" else OffloadPolicy()
@@ -131,8 +131,8 @@ def distribute_model(
     return dataclasses.replace(sharding, checksums=checksums)
 
 
-def _fill(unit: nn.Module, device: torch.device, filled: set[nn.Module]) -> dict[nn.Module, int]:
-    """Send the weights of a unit from rank 0 to all, tensor by tensor; returns the checksums of its NF4 payloads."""
+def _fill(unit: nn.Module, device: torch.device, filled: set[nn.Module], guarded: bool = True) -> dict[nn.Module, int]:
+    """Send the weights of a unit from rank 0 to all, one after another; returns checksums of its NF4 payloads, if guarded."""
     owners = [module for module in unit.modules() if module not in filled]
     filled.update(owners)
     slots = [
@@ -142,13 +142,13 @@ def _fill(unit: nn.Module, device: torch.device, filled: set[nn.Module]) -> dict
         for name, tensor in table.items()
         if tensor is not None
     ]
-    described = on_main(lambda: [_describe(table[name]) for _, table, name in slots])
+    described = on_main(lambda: [_describe(table[name], guarded) for _, table, name in slots])
     checksums = {}
     for (owner, table, name), (shape, dtype, statistics, checksum) in zip(slots, described, strict=True):
         old: Any = table[name]
         whole = _send(old, shape, dtype, device)
-        if checksum is not None:
-            checksums[owner] = checksum
+        if statistics:
+            checksums.update({owner: checksum} if guarded else {})
             table[name] = _rebuild_nf4(old, whole, statistics, owner, device)
         elif isinstance(old, nn.Parameter):
             table[name] = nn.Parameter(whole, requires_grad=old.requires_grad)
@@ -161,13 +161,13 @@ def _tables(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     return module._parameters, module._buffers
 
 
-def _describe(tensor: Any) -> tuple[torch.Size, torch.dtype, dict[str, Any], int | None]:
+def _describe(tensor: Any, guarded: bool) -> tuple[torch.Size, torch.dtype, dict[str, Any], int]:
     state = getattr(tensor, "quant_state", None)
     if state is None:
-        return tensor.shape, tensor.dtype, {}, None
+        return tensor.shape, tensor.dtype, {}, 0
     # the constants are small beside their payload and travel with the description
     statistics = {key: value.cpu() for key, value in state.as_dict(packed=True).items()}
-    return tensor.shape, tensor.dtype, statistics, checksum_bytes(tensor)
+    return tensor.shape, tensor.dtype, statistics, checksum_bytes(tensor) if guarded else 0
 
 
 def _send(tensor: torch.Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

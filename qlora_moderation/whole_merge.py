@@ -34,7 +34,8 @@ def merge_in_memory(opened: OpenedModel, dequantize: bool, device: torch.device)
     bb.fit_pad_token(plain, opened.pad_id)
     fit_vocabulary(plain, opened.directory)
     set_label_names(plain.config, opened.taxonomy.categories)
-    merged: Any = PeftModel.from_pretrained(plain, str(opened.directory)).merge_and_unload(safe_merge=True)
+    adapted: Any = PeftModel.from_pretrained(plain, str(opened.directory), torch_device=str(plain.device))
+    merged: Any = adapted.merge_and_unload(safe_merge=True)
     if hasattr(merged.config, "quantization_config"):
         del merged.config.quantization_config
     return merged

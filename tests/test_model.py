@@ -37,10 +37,12 @@ def test_a_packed_row_has_restarting_positions_and_borders():
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 def test_what_is_quantised_frozen_and_trained(method, llama, build):
-    classifier = build(llama, method=method)
+    classifier = build(llama, method=method, dtype="bfloat16")
     model = classifier.model
     quantized = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
     assert len(quantized) == (14 if method == "qlora" else 0)
+    # a type whose copies keep every bit on CUDA, whatever else fsdp gathers together with it
+    assert {layer.weight.dtype for layer in quantized} <= {torch.float32}
     head = find_head(model.classifier)[2]
     assert type(head) is nn.Linear and head.weight.dtype == torch.float32 and head.weight.requires_grad
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

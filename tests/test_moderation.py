@@ -34,6 +34,13 @@ def test_predict_on_one_pair_and_on_lists(runs):
     assert moderation.predict(question=[], answer=[]) == []
 
 
+def test_an_adapter_is_read_onto_the_device_of_its_model(runs, tmp_path, monkeypatch):
+    """Left to itself, PEFT reads it onto the first GPU that it finds, in every process and under --use_cpu, too."""
+    monkeypatch.setattr("peft.peft_model.infer_device", lambda: pytest.fail("PEFT looked for a device of its own"))
+    QAModeration.from_pretrained(runs["lora"].weights, use_cpu=True)
+    merge_adapter(MergeConfig(str(runs["qlora"].weights), str(tmp_path / "merged"), use_cpu=True), silent)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

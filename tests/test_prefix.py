@@ -147,8 +147,11 @@ def test_training_shares_beginnings_unless_dropout_falls_on_them(llama, rows_fil
 def test_the_kernel_for_cuda_is_asked_for_the_same(monkeypatch, shared):
     """A plain reading of torch's documentation of `varlen_attn` stands in for the kernel, which needs a GPU."""
 
-    def attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size=(-1, -1), is_causal=False):
-        parts = []
+    def attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size=(-1, -1), **flags):
+        groups, is_causal, parts = query.shape[1] // key.shape[1], flags.get("is_causal", False), []
+        if groups > 1:
+            assert flags["enable_gqa"]
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         for q, k in zip(itertools.pairwise(cu_seq_q.tolist()), itertools.pairwise(cu_seq_k.tolist()), strict=True):
             one, keys, values = query[slice(*q)], key[slice(*k)], value[slice(*k)]
             assert len(one) <= max_q and len(keys) <= max_k

@@ -18,6 +18,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification
 from qlora_moderation import QAModeration
 from qlora_moderation.calibration import Calibrator, RiskModel
 from qlora_moderation.model import ModerationModel
+from qlora_moderation.prefix import share_prefixes
 from qlora_moderation.serving.app import build_app
 from qlora_moderation.serving.config import ServeConfig
 from qlora_moderation.serving.engine import Engine, _count_forwards, load_engine
@@ -397,6 +398,14 @@ def test_a_small_model_gets_a_forward_for_each_core_and_a_large_one_its_cores_to
     for asked, said in ((2, "2 at once, threads each: 4"), (16, "16 at once, threads each: 1")):
         config = ServeConfig(model_path=str(served), use_cpu=True, forwards_at_once=asked)
         assert said in Engine(classifier, config).explain()
+
+
+def test_the_forward_that_warms_a_gpu_up_is_as_large_as_any(served):
+    engine = Engine(load_engine(ServeConfig(model_path=str(served), use_cpu=True)).classifier, ServeConfig(str(served)))
+    engine.token_budget = 4 * engine.classifier.encoder.max_length + 3
+    texts = [np.asarray(window.ids) for window in engine._fill_forward()]
+    assert [len(text) for text in texts] == [engine.classifier.encoder.max_length] * 4 and share_prefixes(texts) is None
+    assert np.isfinite(engine.score(engine._fill_forward())).all()
 
 
 def test_a_canary_is_found_nowhere(served, caplog, capfd):

@@ -15,7 +15,7 @@ from qlora_moderation.cli import run_job
 from qlora_moderation.config import EvaluateConfig, MergeConfig, TrainConfig
 from qlora_moderation.errors import CheckpointError, ConfigError, DataError
 from qlora_moderation.evaluate import evaluate
-from qlora_moderation.loop import NonFiniteError
+from qlora_moderation.loop import NonFiniteError, can_read_late
 from qlora_moderation.merge import merge_adapter
 from qlora_moderation.metadata import load_metadata
 from qlora_moderation.optim import build_optimizer, build_scheduler
@@ -115,6 +115,16 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows(llama, rows_file, tm
 def read_late(monkeypatch) -> None:
     """Let a CPU run leave its losses where they are until a line is due, as a GPU run does."""
     monkeypatch.setattr("qlora_moderation.loop.can_read_late", lambda config, device: True)
+
+
+def test_losses_stay_on_a_gpu_that_can_refuse_a_broken_step_itself(llama, rows_file):
+    def reads_late(kind: str, **options) -> bool:
+        return can_read_late(make_config(llama, rows_file, "unused", **options), torch.device(kind))
+
+    assert reads_late("cuda") and not reads_late("cpu")
+    assert not reads_late("cuda", optim="adamw_torch")
+    # then the optimiser works on the host, and would read the device's word before it is there
+    assert not reads_late("cuda", sharding="fsdp", fsdp_cpu_offload=True)
 
 
 def test_losses_that_are_read_late_are_the_same(llama, rows_file, tmp_path, monkeypatch):

@@ -86,7 +86,15 @@ class Engine:
         """Run the forwards that traffic will run, so that no client waits for what happens once: the largest on a GPU."""
         self.score(self._probe)
         if self.classifier.model.device.type == "cuda":
-            self.score(list(self._probe) * max(1, self.token_budget // len(self._probe[0].ids)))
+            self.score(self._fill_forward())
+
+    def _fill_forward(self) -> list[Window]:
+        """Return texts of the greatest length for one forward, without a common prefix, which would make it smaller."""
+        random = np.random.default_rng(0)
+        longest = self.classifier.encoder.max_length
+        vocabulary = self.classifier.model.classifier.get_input_embeddings().num_embeddings
+        count = max(1, self.token_budget // longest)
+        return [Window(random.integers(vocabulary, size=longest).tolist(), index) for index in range(count)]
 
     def describe(self) -> dict[str, Any]:
         """Return what clients may want to know of the model."""
