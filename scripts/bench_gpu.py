@@ -1,17 +1,20 @@
 #!/usr/bin/env python
 """Checks and measures the CUDA path on one GPU: LLaMA-7B's shape with random weights, built on the spot.
 
-    ./scripts/bench_gpu.sh [--shape 7b | small] [--use_cpu]
+    ./scripts/bench_gpu.sh [--shape 7b | small] [--parts checks lora qlora rivals] [--backbone DIR] [--use_cpu]
 
-Checks first: packed = padded, training under NF4, the guard of sharded NF4 bytes, fsdp on one rank = none, a resumed run = an
-unbroken one. Then, for lora and qlora, tokens a second of five settings beside the share of the machine's own matrix-product
-rate, the highest memory beside the estimate, the operations that a step spends its time in, and scoring; last the rivals of
-`bench_train.py` and `bench_predict.py`. What is done stands in `results.json` and `results.md` under `--output` at any time.
+Checks first: packed = padded, training under NF4, the guard of sharded NF4 bytes, fsdp on one rank = none (one rank sends
+nothing), a resumed run = an unbroken one. Then, for lora and qlora, tokens a second of five settings beside the share of the
+machine's own matrix-product rate, the highest memory beside the estimate, the operations that a step spends its time in, and
+scoring; last the rivals of `bench_train.py` and `bench_predict.py`. What is done stands in `results.json` and `results.md`
+under `--output` at any time, and `--parts` adds to it. `--backbone` keeps the backbone there for the next part.
 `--shape small --use_cpu` tries the script itself, without a GPU.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -47,6 +50,7 @@ from qlora_moderation.scoring import score_pairs
 from qlora_moderation.taxonomy import Taxonomy
 from qlora_moderation.train import train
 
+PARTS = ("checks", "lora", "qlora", "rivals")
 SHAPES = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "small": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -54,23 +58,25 @@ SHAPES = {
 
 
 def build_backbone(place, shape, texts, device):
-    """Write a LLaMA with random weights in bfloat16 and a small tokenizer."""
+    """Write a LLaMA with random weights and a small tokenizer, unless it is there; returns place and layers' weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = build_tokenizer(texts, vocab_size=2000)
     config = LlamaConfig(vocab_size=32000, max_position_embeddings=2048, pad_token_id=None, **SHAPES[shape])
+    with torch.device("meta"):
+        drawn = LlamaForCausalLM(config)
+    weights = sum(p.numel() for name, p in drawn.named_parameters() if p.ndim == 2 and "layers" in name)
+    if (place / "tokenizer.json").exists():  # written last
+        return str(place), weights
     torch.manual_seed(0)
-    kept = torch.get_default_dtype()
+    usual = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
     with device:
         model = LlamaForCausalLM(config)
-    torch.set_default_dtype(kept)
+    torch.set_default_dtype(usual)
     model.save_pretrained(place, max_shard_size="2GB")
-    tokenizer.save_pretrained(place)
-    weights = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name)
+    build_tokenizer(texts, vocab_size=2000).save_pretrained(place)
     del model
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_memory(device)
     return str(place), weights
 
 
@@ -87,6 +93,14 @@ def measure_matrix_rate(device):
         synchronize(device)
         rates.append(10 * 2 * size**3 / (time.perf_counter() - started))
     return max(rates)
+
+
+def free_memory(device):
+    """Let go of what nothing uses: fused layers refer to themselves, so a classifier ends with a collection."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_gib(device):
@@ -117,6 +131,7 @@ def check_packing(config, device):
         alone = score_pairs(classifier, prompts[:1], responses[:1]).logits[0]
         logits.append(np.vstack([alone]))
         del classifier, head
+        free_memory(device)
     far = float(np.abs(logits[0] - logits[2]).max())
     neighbours = max(float(np.abs(logits[i][0] - logits[i + 1][0]).max()) for i in (0, 2))
     allowed = 1e-4 if config.dtype == "float32" or device.type == "cpu" else 0.05 * float(logits[2].std() + 1)
@@ -126,17 +141,28 @@ def check_packing(config, device):
 
 
 def check_sharding(config, root):
-    """Compare the losses of fsdp on one rank with those of no sharding; for qlora the NF4 guard has its say first."""
+    """Compare the losses of fsdp on one rank with those of no sharding; for qlora the NF4 guard has its say first.
+
+    Kernels whose sums come in any order make two equal runs differ, so a second one without sharding says by how much.
+    """
     found, said = {}, []
-    for kind in ("none", "fsdp"):
-        run = root / f"sharding-{config.method}-{kind}"
-        train(dataclasses.replace(config, sharding=kind, output_dir=str(run), max_steps=5), said.append)
+    for kind in ("none", "none again", "fsdp"):
+        run = root / f"sharding-{config.method}-{kind.replace(' ', '-')}"
+        changed = dataclasses.replace(config, sharding=kind.split()[0], output_dir=str(run), max_steps=5)
+        train(changed, said.append)
         found[kind] = losses_of(run)[0]
         shutil.rmtree(run)
-    far = max(abs(a - b) / abs(a) for a, b in zip(*found.values(), strict=True))
+        free_memory(current_device(config.use_cpu))
+    far, spread = (compute_distance(found["none"], found[kind]) for kind in ("fsdp", "none again"))
     guard = [line for line in said if line.startswith("NF4 guard")]
-    passed = far <= 1e-3 and (config.method != "qlora" or bool(guard))
-    return show(f"fsdp on one rank = none, {config.method}", passed, f"losses differ by {far:.1e}; {' '.join(guard)}")
+    passed = far <= max(1e-3, 3 * spread) and (config.method != "qlora" or bool(guard))
+    detail = f"losses differ by {far:.1e}, those of two equal runs by {spread:.1e}; {' '.join(guard)}"
+    return show(f"fsdp on one rank = none, {config.method}", passed, detail)
+
+
+def compute_distance(one, other):
+    """Return the largest relative difference of two lists of losses."""
+    return max(abs(a - b) / abs(a) for a, b in zip(one, other, strict=True))
 
 
 def check_resume(config, root):
@@ -144,6 +170,7 @@ def check_resume(config, root):
     unbroken = dataclasses.replace(config, output_dir=str(root / "unbroken"), max_steps=6)
     stopped = dataclasses.replace(config, output_dir=str(root / "stopped"), max_steps=6)
     train(unbroken, lambda line: None)
+    free_memory(current_device(config.use_cpu))
     agreed, asked = StopSignals.agreed, []
     StopSignals.agreed = lambda self: asked.append(1) or (15 if len(asked) == 3 else 0)
     try:
@@ -155,8 +182,9 @@ def check_resume(config, root):
     StopSignals.agreed = agreed
     train(stopped, lambda line: None)
     one, other = (losses_of(run.output_dir)[0] for run in (unbroken, stopped))
-    far = max(abs(a - b) / abs(a) for a, b in zip(one, other, strict=True))
-    return show(f"resumed = unbroken, {config.method}", far <= 1e-3, f"{reason}; losses differ by {far:.1e}")
+    # a lost optimiser or another order of the pairs shows in the first digits; kernels differ in the fourth
+    far, allowed = compute_distance(one, other), 1e-2 if torch.cuda.is_available() else 1e-6
+    return show(f"resumed = unbroken, {config.method}", far <= allowed, f"{reason}; losses differ by {far:.1e}")
 
 
 def measure_training(classifier, material, config, weights, rate):
@@ -166,13 +194,13 @@ def measure_training(classifier, material, config, weights, rate):
     network.gradient_checkpointing_disable()
     recompute_layers(network, config.recomputation)
     row = {"method": config.method, "tokens": config.max_tokens_per_micro_batch, "checkpointing": config.recomputation}
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    free_memory(device)
+    held = []  # tokens of each micro-batch as it is run, common prefixes once
+    watch = classifier.model.register_forward_pre_hook(lambda _, inputs: held.append(inputs[0].input_ids.numel()))
     try:
         loop = Loop(config, classifier, material, build_plan(config, len(material.training), device), print)
         classifier.model.train()
-        largest, seconds, learnt = 0, [], 0
+        seconds, learnt = [], 0
         for step in range(1, config.max_steps + 1):
             synchronize(device)
             started = time.perf_counter()
@@ -181,17 +209,18 @@ def measure_training(classifier, material, config, weights, rate):
             if step > 2:
                 seconds.append(time.perf_counter() - started)
                 learnt += record["tokens"]
-            largest = max(largest, record["tokens"])
         row["losses_finite"] = bool(torch.as_tensor(record["loss"]).isfinite())
     except torch.OutOfMemoryError:
         return {**row, "tokens_per_second": None}
+    finally:
+        watch.remove()
     speed = learnt / sum(seconds)
     share = {"none": 4, "selective": 5, "all": 6}[config.recomputation]
-    tokens = min(config.max_tokens_per_micro_batch, largest)
-    foreseen = estimate_memory(config, Taxonomy(), device, tokens=tokens).total / 2**30
     peak = peak_gib(device)
+    foreseen = estimate_memory(config, Taxonomy(), device, tokens=max(held)).total / 2**30
     return {
         **row,
+        "largest_row": max(held),
         "tokens_per_second": speed,
         "share_of_two_passes": speed * 4 * weights / rate,
         "share_with_recomputation": speed * share * weights / rate,
@@ -213,7 +242,10 @@ def profile_step(classifier, material, config, count=15):
         loop.take_step(2)
         synchronize(device)
     spent = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    events = sorted(record.key_averages(), key=lambda event: -getattr(event, spent))
+    known = record.key_averages()
+    if device.type == "cuda":  # an operation counts the time of its kernels once more
+        known = [event for event in known if event.device_type == torch.autograd.DeviceType.CUDA]
+    events = sorted(known, key=lambda event: -getattr(event, spent))
     whole = sum(getattr(event, spent) for event in events) or 1
     return [
         {"name": e.key[:70], "ms": getattr(e, spent) / 1e3, "share": getattr(e, spent) / whole, "calls": e.count}
@@ -244,30 +276,23 @@ def measure_scoring(classifier, rows, weights, rate):
 
 
 def run_rivals(root, backbone, rows, shape):
-    """Run the two benchmarks beside stock tools in processes of their own; returns what they print and their figures."""
-    found = {}
+    """Run the benchmarks beside stock tools in processes of their own; yields name, output and figures of each."""
     small = ["--layers", "2", "--width", "64"] if shape == "small" else ["--backbone", backbone]
-    jobs = {
-        "bench_train": [
-            "--pairs",
-            "16" if shape == "small" else "128",
-            "--steps",
-            "4",
-            "--rounds",
-            "1",
-            "--rows",
-            rows,
-        ],
-        "bench_predict": ["--count", "64" if shape == "small" else "1024", "--rounds", "1", "--rows", rows],
-    }
-    for name, more in jobs.items():
-        more += ["--contenders", "ours", "dynamic", "grouped"] if name == "bench_train" else []
+    pairs, count = ("16", "64") if shape == "small" else ("128", "1024")
+    training = ["--pairs", pairs, "--steps", "4", "--contenders", "ours", "dynamic", "grouped", "--methods"]
+    jobs = [
+        ("bench_train", [*training, "lora"]),
+        ("bench_predict", ["--count", count]),
+        ("bench_train", [*training, "qlora"]),
+    ]
+    for name, more in jobs:
         figures = root / f"{name}.json"
-        command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *small, *more, "--json", str(figures)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        print(done.stdout if done.returncode == 0 else f"{name} failed: {done.stderr[-2000:]}", flush=True)
-        found[name] = {"printed": done.stdout, "figures": json.loads(figures.read_text()) if figures.exists() else None}
-    return found
+        figures.unlink(missing_ok=True)
+        command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *small, *more, "--rounds", "1", "--rows", rows]
+        done = subprocess.run([*command, "--json", str(figures)], capture_output=True, text=True, check=False)
+        print(done.stdout, done.stderr[-2000:] if done.returncode else "", flush=True)
+        known = json.loads(figures.read_text()) if figures.exists() else None
+        yield f"{name} {more[-1]}", {"printed": done.stdout, "figures": known}
 
 
 def as_table(rows):
@@ -299,6 +324,8 @@ def main():
     """Run all checks, then all measurements; exit code 1 where a check failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=sorted(SHAPES), default="7b")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--backbone", help="folder where the backbone is kept; made where it is missing")
     parser.add_argument("--use_cpu", action="store_true", help="only to try the script")
     parser.add_argument("--output", default=os.environ.get("OUT", "output/bench_gpu"), help="folder of the results")
     arguments = parser.parse_args()
@@ -318,6 +345,10 @@ def main():
         "scoring": [],
     }
     output = Path(arguments.output)
+    with contextlib.suppress(OSError, ValueError):  # an earlier part of the same measurement
+        earlier = json.loads((output / "results.json").read_text())
+        if arguments.parts != list(PARTS) and earlier["hardware"] == results["hardware"]:
+            results = earlier
     print(f"{results['hardware']}, {results['versions']}: {rate / 1e12:.1f} TFLOP/s in products")
     small = arguments.shape == "small"
 
@@ -336,7 +367,8 @@ def main():
     with tempfile.TemporaryDirectory() as place, processes(arguments.use_cpu, alone=True):
         root = Path(place)
         texts = render_texts(build_sample(seed=0)["train"])
-        backbone, weights = build_backbone(root / "backbone", arguments.shape, texts, device)
+        kept = Path(arguments.backbone or root / "backbone")
+        backbone, weights = build_backbone(kept, arguments.shape, texts, device)
         rows = write_rows(root / "rows.jsonl", load_rows(None, 300 if small else 4096))
         base = TrainConfig(
             model_name_or_path=backbone,
@@ -348,11 +380,13 @@ def main():
             max_tokens_per_micro_batch=4096,
             cache_dir=None,
         )
-        note("checks", "packed = padded", check_packing, base, device)
-        for method in ("lora", "qlora"):
-            note("checks", f"sharding, {method}", check_sharding, dataclasses.replace(base, method=method), root)
-        note("checks", "resume", check_resume, dataclasses.replace(base, method="qlora"), root)
-        for method in ("lora", "qlora"):
+        if "checks" in arguments.parts:
+            note("checks", "packed = padded", check_packing, base, device)
+            for method in ("lora", "qlora"):
+                note("checks", f"sharding, {method}", check_sharding, dataclasses.replace(base, method=method), root)
+            note("checks", "resume", check_resume, dataclasses.replace(base, method="qlora"), root)
+            free_memory(device)
+        for method in [part for part in arguments.parts if part in ("lora", "qlora")]:
             config = dataclasses.replace(base, method=method, max_steps=6, gradient_checkpointing="none")
             classifier = build_classifier(config, Taxonomy(), device, lambda line: None)
             material = load_material(config, classifier, lambda line: None)
@@ -364,6 +398,8 @@ def main():
                 (1024, "all"),
             ):
                 setting = {"max_tokens_per_micro_batch": budget, "gradient_checkpointing": recompute}
+                if budget == 16384 and not small:
+                    setting["per_device_train_batch_size"] = 256  # 128 of these short pairs would not fill a row
                 changed = dataclasses.replace(config, **setting)
                 name = f"training, {method}, {budget} tokens, recomputing {recompute}"
                 note("training", name, measure_training, classifier, material, changed, weights, rate)
@@ -371,10 +407,11 @@ def main():
             note(f"profile of {method}", f"profile of {method}", profile_step, classifier, material, config)
             note("scoring", f"scoring, {method}", measure_scoring, classifier, rows, weights, rate)
             del classifier, material
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-        results["rivals"] = run_rivals(root, backbone, rows, arguments.shape)
-        write_results(output, results)
+            free_memory(device)
+        if "rivals" in arguments.parts:
+            for name, run in run_rivals(root, backbone, rows, arguments.shape):
+                results.setdefault("rivals", {})[name] = run
+                write_results(output, results)
     passed = all(check["passed"] for check in results["checks"])
     print("bench_gpu: " + ("all checks passed" if passed else "a check FAILED"))
     return int(not passed)

@@ -12,7 +12,7 @@ beside it.
 """
 
 import argparse
-import dataclasses
+import gc
 import itertools
 import json
 import os
@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from pathlib import Path
 
@@ -70,7 +71,6 @@ def run_contender(job):
     from qlora_moderation.batching import step_batch
     from qlora_moderation.plan import load_material
     from qlora_moderation.taxonomy import Taxonomy
-    from qlora_moderation.train import train
 
     config, device = make_config(job), torch.device("cuda" if job["cuda"] else "cpu")
     classifier = build_classifier(config, Taxonomy(), device, lambda line: None)
@@ -80,15 +80,12 @@ def run_contender(job):
     adapters = sum(p.numel() for name, p in classifier.model.named_parameters() if ".lora_" in name)
     before = peak_gib(job["cuda"], start=True)
     if job["contender"] == "ours":
-        del classifier
-        train(config, lambda line: None)
-        lines = [json.loads(line) for line in (Path(job["output"]) / "metrics.jsonl").read_text().splitlines()]
-        spans = [b["elapsed_seconds"] - a["elapsed_seconds"] for a, b in itertools.pairwise(lines)]
-        real = [line["tokens"] for line in lines[1:]]
-        losses, padded = [line["loss"] for line in lines], real
+        spans, real, losses, count = train_own(config, classifier, material)
+        padded = real
     else:
         pad_id = classifier.pad_id
         del classifier
+        gc.collect()  # its fused layers refer to themselves
         order = None
         if job["contender"] == "dynamic":
             steps = range(job["steps"])
@@ -101,10 +98,8 @@ def run_contender(job):
         real = [b[1] - a[1] for a, b in itertools.pairwise(ends)]
         padded = [b[2] - a[2] for a, b in itertools.pairwise(ends)]
     peak = peak_gib(job["cuda"]) - (0 if job["cuda"] else before)
-    if job["contender"] == "ours":
-        products = count_own(config, count_products)
-    else:
-        products = (4 * weights + 6 * adapters) * sum(padded) / sum(real)
+    ours = job["contender"] == "ours"
+    products = count(count_products) if ours else (4 * weights + 6 * adapters) * sum(padded) / sum(real)
     # a shared machine is not always equally fast, and a limit is what was reached at best
     rate = max(rate_before, measure_matrix_rate(shapes, device))
     return {
@@ -121,14 +116,30 @@ def run_contender(job):
     }
 
 
-def count_own(config, count_products):
-    """Return the operations of ours for each real token, in a run of two steps beside the clock."""
-    from qlora_moderation.train import train
+def train_own(config, classifier, material):
+    """Take the steps of ours; returns seconds and tokens of all but the first, all losses, and what counts operations."""
+    from rivals import synchronize
 
-    short = dataclasses.replace(config, max_steps=2)
-    products = count_products(lambda: train(short, lambda line: None))
-    lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
-    return products / sum(json.loads(line)["tokens"] for line in lines)
+    from qlora_moderation.loop import Loop
+    from qlora_moderation.plan import build_plan
+
+    device = classifier.model.device
+    plan = build_plan(config, len(material.training), device)
+    loop = Loop(config, classifier, material, plan, lambda line: None)
+    classifier.model.train()
+    ends, records = [], []
+    for step in range(1, config.max_steps + 1):
+        records.append(loop.take_step(step))
+        synchronize(device)
+        ends.append(time.perf_counter())
+
+    def count(count_products):
+        """Take one more step, beside the clock."""
+        found = []
+        return count_products(lambda: found.append(loop.take_step(config.max_steps + 1))) / found[0]["tokens"]
+
+    spans = [after - before for before, after in itertools.pairwise(ends)]
+    return spans, [record["tokens"] for record in records[1:]], [float(record["loss"]) for record in records], count
 
 
 def peak_gib(cuda, start=False):
@@ -149,7 +160,8 @@ def run_apart(job):
     command = [sys.executable, __file__, "--job", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{job['contender']} failed:\n{done.stderr[-3000:]}")
+        print(f"{job['contender']} failed:\n{done.stderr[-3000:]}", file=sys.stderr, flush=True)
+        return None
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -160,6 +172,10 @@ def compare(arguments, method, pairs, common):
         order = list(found) if index % 2 == 0 else list(found)[::-1]
         for name in order:
             found[name].append(run_apart({**common, "contender": name, "method": method, "pairs": pairs}))
+    failed = [name for name, runs in found.items() if None in runs]
+    if "ours" in failed:
+        raise SystemExit(f"{method}, {pairs} pairs a step: ours failed, so there is nothing to compare with")
+    found = {name: runs for name, runs in found.items() if name not in failed}
     middle = {
         name: {key: statistics.median(run[key] for run in runs) for key in runs[0] if key != "losses"}
         for name, runs in found.items()
@@ -178,6 +194,8 @@ def compare(arguments, method, pairs, common):
             f"| {name} | {run['pairs_per_second']:.2f} | {run['tokens_per_second']:,.0f} | {ratio:.2f} | {bound:.2f} | "
             f"{shares} | {run['peak_gib']:.2f} | {found[name][0]['losses'][-1]:.4f} |"
         )
+    if failed:
+        print(f"\nfailed: {', '.join(failed)}")
     if "dynamic" in found:
         pairs_of_losses = zip(found["ours"][0]["losses"], found["dynamic"][0]["losses"], strict=True)
         print(f"\nlosses of ours and dynamic differ by at most {max(abs(a - b) for a, b in pairs_of_losses):.1e}")
