@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from qlora_moderation.blocks import Table
-from qlora_moderation.errors import CheckpointError
+from qlora_moderation.errors import CheckpointError, DataError
 from qlora_moderation.metadata import read_json, written_whole
 from qlora_moderation.parts import ENGINE_FILE, PARTS, Asked, Parts, find_runs, writing
 from qlora_moderation.prediction_config import CombineConfig
-from qlora_moderation.proportions import Proportions
+from qlora_moderation.proportions import MISSING, Proportions
 from qlora_moderation.summary import FIGURE_FILE, SUMMARY_FILE, describe_method, render_summary, write_summary
 from qlora_moderation.tables import make_table
 from qlora_moderation.workload import BlockId, list_blocks
@@ -111,6 +111,8 @@ def finish(parts: Parts, asked: Asked, log: Log, check: Callable[[], None] = lam
             place.parent.mkdir(parents=True, exist_ok=True)
             outputs[each["name"]] = {"bytes": unfinished.stat().st_size, "rows": each["rows"]}
             unfinished.replace(place)
+    if asked.group_by != parts.asked.group_by:  # the run's own columns were found in the inputs
+        _check_groups(counts)
     engine = read_json(parts.directory / ENGINE_FILE)
     found = _describe(parts.facts, engine, outputs, counts, asked)
     with writing(parts.output):
@@ -168,6 +170,7 @@ def count_anew(output: Path, finished: dict[str, Any], asked: Asked, log: Log) -
         table = make_table(each["format"], str(output / each["name"]), counts.prefix)
         for rows in table.read_output(output / each["name"], counts.columns):
             counts.add(rows)
+    _check_groups(counts)
     found = _describe(finished["run"], finished["engine"], finished["outputs"], counts, asked)
     with writing(output):
         write_summary(output, found)
@@ -178,6 +181,17 @@ def count_anew(output: Path, finished: dict[str, Any], asked: Asked, log: Log) -
 def _start_count(facts: dict[str, Any], asked: Asked) -> Proportions:
     options = facts["options"]
     return Proportions(options["prompt_column"], asked.group_by, options["prefix"], asked.replicates)
+
+
+def _check_groups(counts: Proportions) -> None:
+    """Refuse a column of which no row has a value.
+
+    Raises:
+        DataError: names it.
+    """
+    for column, tallies in counts.groups.items():
+        if tallies is not None and tallies.keys() == {MISSING}:
+            raise DataError(f"--group_by {column}: no row has a value there; give another column")
 
 
 def _describe(

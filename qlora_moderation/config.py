@@ -6,6 +6,7 @@ In: YAML and flags through `options`. Out: frozen dataclasses. Step 1 of the str
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
 from qlora_moderation.options import nearest, option
@@ -276,6 +277,8 @@ class EvaluateConfig:
         """Return contradictions between options."""
         if self.fail_if and self.compare is None:
             return ["--fail_if needs --compare, the output of an earlier evaluation"]
+        if self.compare is not None and Path(self.compare).resolve() == Path(self.output_dir).resolve():
+            return [f"--compare {self.compare}: is --output_dir, too, and would be replaced; give another --output_dir"]
         if self.fail_if and self.bootstrap_replicates < 100:
             return ["--fail_if decides by an interval, which needs --bootstrap_replicates of at least 100"]
         return []

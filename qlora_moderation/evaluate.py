@@ -199,13 +199,22 @@ def _summarise(result: dict[str, Any]) -> list[str]:
         clean = result.get("clean")
         if clean:
             known = result["data"]["pairs"] - clean["pairs"]
-            value = clean.get("metrics", {}).get("flagged/f1")
-            lines.append(
-                f"{known} pairs have a prompt that the model was trained on"
-                + ("" if value is None else f"; without them flagged/f1 {value:.4f}")
-            )
+            metrics = clean.get("metrics", {})
+            line, value = f"{known} pairs have a prompt that the model was trained on", metrics.get("flagged/f1")
+            if value is not None:
+                undefined = metrics.get("flagged/recall") is None  # where nothing is to be found, F1 says nothing
+                line += f"; of the {clean['pairs']} others " + (
+                    "none is flagged by its labels" if undefined else f"flagged/f1 {value:.4f}"
+                )
+            lines.append(line)
+    partly = {
+        name: f" of the {facts['matched']} pairs that it judged"
+        for name, facts in result.get("moderators", {}).items()
+        if facts["pairs_without_a_verdict"]
+    }
     for model, shares in result["flagged_proportion"].items():
-        lines.append(f"flagged, {model}: " + "  ".join(f"{name} {share:.1%}" for name, share in shares.items()))
+        each = [f"{name} {share:.1%}{partly.get(name, '')}" for name, share in shares.items()]
+        lines.append(f"flagged, {model}: " + "  ".join(each))
     if "comparison" in result:
         found = result["comparison"]
         lines.append(

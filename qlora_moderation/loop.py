@@ -109,6 +109,10 @@ class Loop:
                 say(f"step {step}: stopping on request; the same command{without} goes on from here")
                 raise Interrupted(stop)
         if self.best.step == 0:
+            if plan.eval_steps:
+                say(
+                    f"warning: {self.config.metric_for_best_model} was undefined at every evaluation; the last weights are kept"
+                )
             self.best.save(plan.total_steps)
         bar.close()
 

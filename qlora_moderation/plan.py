@@ -30,6 +30,9 @@ from qlora_moderation.token_ids import TokenIds
 Log = Callable[[str], None]
 
 
+_LEAST_OF_A_KIND = 5  # flagged validation pairs, or others, below which a metric moves by a fifth with a single one
+
+
 @dataclasses.dataclass
 class Material:
     """What a run learns from and is judged on.
@@ -85,8 +88,21 @@ def load_material(config: TrainConfig, classifier: Classifier, log: Log) -> Mate
             f"validation: {len(validation)} pairs of whole prompts held out of the training data "
             f"({len(validation) / (len(validation) + len(training.pairs)):.0%})"
         )
+    warnings += _find_thin_validation(validation)
     audit = compute_audit(training.pairs, taxonomy, training.token_counts, config.max_length, validation)
     return Material(training.pairs, validation, training.ids, warnings, audit)
+
+
+def _find_thin_validation(validation: Pairs | None) -> list[str]:
+    if validation is None or validation.flagged is None:
+        return []
+    flagged = int((validation.flagged > 0.5).sum())
+    if min(flagged, len(validation) - flagged) >= _LEAST_OF_A_KIND:
+        return []
+    return [
+        f"of {len(validation)} validation pairs {flagged} are flagged: too few of a kind to tell better weights from worse; "
+        "give --eval_data_name_or_path, or hold more out by --validation_fraction"
+    ]
 
 
 def _hold_out(corpus: Corpus, config: TrainConfig) -> tuple[Corpus, Pairs]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qlora_moderation.calibration import Calibrator
 from qlora_moderation.classifier import load_classifier
 from qlora_moderation.config import TuneConfig
 from qlora_moderation.data import Pairs, load_pairs
@@ -22,6 +23,8 @@ from qlora_moderation.scoring import default_token_budget, score_pairs
 from qlora_moderation.shortage import scoring_shortage
 from qlora_moderation.thresholds import PREVIOUS_FILE, Thresholds
 from qlora_moderation.tuning import Objective, TuningSettings, tune
+
+_LOW = 0.02  # a calibrated probability that hardly any pair stays below
 
 
 def tune_model(config: TuneConfig, log: Callable[[str], None] = print) -> Thresholds:
@@ -57,6 +60,11 @@ def tune_model(config: TuneConfig, log: Callable[[str], None] = print) -> Thresh
     thresholds = tune(
         scores.probabilities, pairs.labels, pairs.flagged, pairs.weight, pairs.prompts, names, settings, apart
     )
+    if _is_untuned(thresholds):
+        raise DataError(
+            f"{config.eval_dataset}: of {len(pairs)} pairs {int((pairs.flagged > 0.5).sum())} are flagged, too few of a kind "
+            "to tune or calibrate anything; give more rows, or lower --min_positives"
+        )
     thresholds = dataclasses.replace(thresholds, fit={**thresholds.fit, "data": Path(config.eval_dataset).name})
     with refusals(f"--model_path {directory}"):
         classifier.thresholds.save(directory, classifier.taxonomy, PREVIOUS_FILE)
@@ -109,15 +117,32 @@ def _choose_rows(
     return pairs, apart
 
 
+def _is_untuned(thresholds: Thresholds) -> bool:
+    """Say whether everything kept its default."""
+    categories = thresholds.fit["categories"].values()
+    sources = [each["threshold_from"] for each in (*categories, thresholds.fit["flagged"])]
+    return all(source.startswith("default") for source in sources) and all(
+        each["calibration"] == "none" for each in categories
+    )
+
+
 def _summarise(thresholds: Thresholds, categories: tuple[str, ...]) -> list[str]:
     fit = thresholds.fit
     own = [name for name in categories if fit["categories"][name]["threshold_from"] == "own"]
     mapped = [name for name in categories if fit["categories"][name]["calibration"] != "none"]
-    lines = [
-        thresholds.describe(),
-        f"{len(own)} of {len(categories)} categories have a threshold of their own, {len(mapped)} a calibration map; the "
-        "others have too few positives, or nothing better was found",
-    ]
+    others = [name for name in categories if name not in own]
+    line = f"{len(own)} of {len(categories)} categories have a threshold of their own"
+    if others:  # one calibrated threshold, of which each map makes a raw one of its own
+        first, source = others[0], fit["categories"][others[0]]["threshold_from"]
+        raw = thresholds.per_category[categories.index(first)]
+        maps = thresholds.calibrators or (Calibrator(),) * len(categories)
+        value = float(maps[categories.index(first)].apply(np.array(raw)))
+        line += f", {len(others)} share {value:.3g}" + ("" if source == "shared" else f" ({source})")
+    lines = [thresholds.describe(), f"{line}; {len(mapped)} have a calibration map"]
+    if others and source == "shared" and value < _LOW:
+        lines.append(
+            f"warning: the shared threshold {value:.3g} makes nearly everything a yes; ask for another --objective"
+        )
     rules = {rule: fit["flagged"][rule] for rule in ("max", "calibrated")}
     lines += [
         f"telling flagged from not, rule {rule}{' (cross-validated)' if rule == 'calibrated' else ''}: AUROC "
@@ -127,6 +152,8 @@ def _summarise(thresholds: Thresholds, categories: tuple[str, ...]) -> list[str]
     ]
     point, always = fit["flagged"]["on_these_rows"], fit["flagged"]["always_flag_f1"]
     shown = {"recall": point["recall"], "precision": point["precision"], "F1": point["f1"]}
+    if point["recall"] is None:  # nothing is there to be found
+        shown = {}
     shown["false-positive rate"] = point["false_positive_rate"]
     lines.append("flagged on these rows: " + ", ".join(f"{k} {v:.3f}" for k, v in shown.items() if v is not None))
     source = fit["flagged"]["threshold_from"]

@@ -207,16 +207,16 @@ def _tune_categories(
     """Return C raw thresholds; categories with too few pairs share one, chosen over all categories' decisions together."""
     truth = majority(labels)
     probabilities = np.stack([each.apply(raw[:, c]) for c, each in enumerate(calibrators)], axis=1)
-    shared = DEFAULT_THRESHOLD
+    shared, source = DEFAULT_THRESHOLD, f"default: fewer than {settings.min_positives} positive or negative labels"
     if min(truth.sum(), (~truth).sum()) >= settings.min_positives:
-        shared = choose_threshold(probabilities.ravel(), truth.ravel(), settings.objective)
+        shared, source = choose_threshold(probabilities.ravel(), truth.ravel(), settings.objective), "shared"
     thresholds = []
     for c, name in enumerate(categories):
         positives = int(truth[:, c].sum())
         own = min(positives, len(truth) - positives) >= settings.min_positives
         value = choose_threshold(raw[:, c], truth[:, c], settings.objective) if own else calibrators[c].invert(shared)
         thresholds.append(value)
-        found[name] |= {"positive_pairs": positives, "threshold_from": "own" if own else "shared"}
+        found[name] |= {"positive_pairs": positives, "threshold_from": "own" if own else source}
     return tuple(thresholds)
 
 

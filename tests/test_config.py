@@ -404,6 +404,12 @@ def test_the_command_line_of_evaluate_parses(name):
     assert load(*flags, cls=EvaluateConfig) == EvaluateConfig("D", "F", "D", max_length=512)
 
 
+def test_an_evaluation_is_not_compared_with_what_it_replaces(tmp_path):
+    flags = ["--model_path", "D", "--eval_dataset", "F", "--output_dir", str(tmp_path), "--compare", f"{tmp_path}/."]
+    with pytest.raises(ConfigError, match="is --output_dir, too, and would be replaced"):
+        load(*flags, cls=EvaluateConfig)
+
+
 @pytest.mark.parametrize("cls", CONFIGS)
 def test_help_names_every_option(cls):
     text = build_parser(cls, "").format_help()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -199,7 +200,9 @@ def test_other_moderators_come_from_files(runs, judged, tmp_path):
         moderator=(f"guard={file}",),
         bootstrap_replicates=50,
     )
-    result = evaluate(config, silent)
+    log: list[str] = []
+    result = evaluate(config, log.append)
+    assert any(re.search(r"^flagged, all: .*guard 66\.7% of the 30 pairs that it judged", line) for line in log)
     assert result["moderators"]["guard"]["matched"] == 30
     assert result["moderators"]["guard"]["pairs_without_a_verdict"] == 10
     assert result["flagged_proportion"]["all"]["guard"] == pytest.approx(20 / 30)

@@ -198,6 +198,14 @@ def test_a_finished_run_says_so_without_a_model(make, unbroken, tmp_path, monkey
     assert content(tmp_path / "out") == content(unbroken)
     summary = predict(make(group_by=("model",)), silent)
     assert set(summary["groups"]["model"]) == {"x", "y"} and summary["flagged"]["interval"]
+    before = content(tmp_path / "out")
+    for again in (
+        lambda: predict(make(group_by=("modle",)), silent),
+        lambda: combine(CombineConfig(str(tmp_path / "out"), group_by=("modle",)), silent),
+    ):
+        with pytest.raises(DataError, match="--group_by modle: no "):
+            again()
+    assert content(tmp_path / "out") == before
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == json.loads(json.dumps(summary))
     again = combine(CombineConfig(str(tmp_path / "out"), ("id",)), silent)
     assert len(again["groups"]["id"]) == 60 and again["flagged"] == summary["flagged"]

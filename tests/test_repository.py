@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -42,6 +43,14 @@ def test_recipes_load_and_refuse_a_misspelt_key(path, tmp_path):
     (tmp_path / "typo.yaml").write_text(text.replace(f"{key}:", f"{key}x:", 1))
     with pytest.raises(ConfigError, match=f"unknown key {key}x .did you mean {key}"):
         load_options(TrainConfig, parser, ["--config", str(tmp_path / "typo.yaml"), *NEEDED])
+
+
+def test_a_script_beside_a_clone_called_like_the_package_finds_it(tmp_path):
+    (tmp_path / "qlora_moderation").symlink_to(ROOT)
+    program = [sys.executable, "-c", "from qlora_moderation import QAModeration, __file__ as place; print(place)"]
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(program, cwd=tmp_path, env=clean, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("__init__.py")
 
 
 def readme_lines() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -103,6 +104,20 @@ def test_selecting_on_a_test_split_is_said_everywhere(llama, rows, tmp_path):
     assert "selected on 30k_test" in (weights / "README.md").read_text()
     evaluate(EvaluateConfig(str(weights), str(test), str(tmp_path / "e")), silent)
     assert "selected on 30k_test" in (tmp_path / "e" / "report.md").read_text()
+
+
+def test_too_few_validation_pairs_are_said_everywhere(llama, rows, tmp_path):
+    safe = [row for row in rows if row["is_safe"]]
+    few = write_rows(tmp_path / "few.jsonl", safe[:8])
+    options = {"eval_strategy": "epoch", "eval_data_name_or_path": str(few), "max_steps": 2}
+    log: list[str] = []
+    weights = train(
+        make_config(llama, write_rows(tmp_path / "a.jsonl", rows[:60]), tmp_path / "run", **options), log.append
+    )
+    assert any(re.match(r"warning: of \d validation pairs 0 are flagged: too few of a kind", line) for line in log)
+    assert "validation pairs 0 are flagged" in (weights / "README.md").read_text()
+    undefined = "warning: micro/average_precision was undefined at every evaluation; the last weights are kept"
+    assert undefined in log
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_rows(llama, rows_file, tmp_path, monkeypatch):

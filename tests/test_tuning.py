@@ -215,6 +215,10 @@ def test_rows_that_the_model_was_trained_on_do_not_tune_it(runs, rows_file, vali
     assert not any(line.startswith(untuned) for line in log)
     tune_model(TuneConfig(str(model), str(both), min_positives=1000, objective="recall>=0.9"), log.append)
     assert any(line.startswith(untuned) for line in log)
+    stored = (model / "thresholds.json").read_text()
+    with pytest.raises(DataError, match=r"both\.jsonl: of \d+ pairs \d+ are flagged, too few of a kind to tune"):
+        tune_model(TuneConfig(str(model), str(both), min_positives=1000, calibrate=False), silent)
+    assert (model / "thresholds.json").read_text() == stored
     tuned = tune_model(TuneConfig(str(model), str(both), min_positives=5), log.append)
     fresh = {(r["prompt"], r["response"]) for r in map(json.loads, validation_file.read_text().splitlines())}
     assert tuned.fit["pairs"] == len(fresh)
