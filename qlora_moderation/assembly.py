@@ -153,7 +153,8 @@ def _open_backbone(config: TrainConfig, taxonomy: Taxonomy, device: torch.device
     tokenizer, encoder = open_tokenizer(config.model_name_or_path, config.model_revision, taxonomy, config.max_length)
     quantization = None
     if config.method == "qlora":
-        quantization = Quantization(config.bnb_4bit_use_double_quant, str(dtype).removeprefix("torch."))
+        name: Any = str(dtype).removeprefix("torch.")
+        quantization = Quantization(config.bnb_4bit_use_double_quant, name)
     return _Opened(spec, dtype, layout, reason, tokenizer, encoder, quantization)
 
 

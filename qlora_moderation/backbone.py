@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ PACKED_MODEL_TYPES = {"llama", "mistral", "qwen2", "qwen3"}
 """Decoders whose attention is plain causal attention, checked packed against padded; others use the padded layout."""
 
 ENCODER_MODEL_TYPES = {"bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "mpnet", "deberta-v2"}
+_LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers?|h|blocks)\.(\d+)\.")
 _DROPOUTS = (
     "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "hidden_dropout",
     "dropout", "embd_pdrop", "attn_pdrop", "resid_pdrop", "seq_classif_dropout",
@@ -221,6 +223,7 @@ def load_backbone(
         if is_shortage(error):
             raise
         raise CheckpointError(f"{spec.name}: its weights cannot be loaded {_explain(spec.name, error)}") from None
+    _refuse_homeless_layers(spec, report["unexpected_keys"])
     missing = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     allowed = (*spec.head_names, f"{model.base_model_prefix}.pooler")
     lost = [key for key in missing if not key.startswith(allowed)]
@@ -237,6 +240,20 @@ def load_backbone(
         model.to(device)
     _refuse_non_finite(model, spec.name)
     return LoadedBackbone(model, tuple(sorted({key.rpartition(".")[0] for key in missing})))
+
+
+def _refuse_homeless_layers(spec: BackboneSpec, unexpected: Iterable[str]) -> None:
+    """Refuse weights of layers that the configuration does not have: without them it is another model.
+
+    Raises:
+        CheckpointError: there are such weights.
+    """
+    layers = spec.config.num_hidden_layers
+    found = [key for key in unexpected if (place := _LAYER_NUMBER.search(key)) and int(place[1]) >= layers]
+    if found:
+        raise CheckpointError(
+            f"{spec.name}: config.json has {layers} layers and no place for {min(found)}; copy config.json again"
+        )
 
 
 def _describe_nf4(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:

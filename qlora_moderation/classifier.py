@@ -20,7 +20,7 @@ from qlora_moderation.adapter import ADAPTER_WEIGHTS, load_adapter, set_label_na
 from qlora_moderation.batching import Layout
 from qlora_moderation.capacity import Capacity
 from qlora_moderation.distributed import current_device, is_main
-from qlora_moderation.errors import CheckpointError, brief
+from qlora_moderation.errors import CheckpointError, brief, show
 from qlora_moderation.export import write_weights
 from qlora_moderation.fused_layers import fuse_layers
 from qlora_moderation.metadata import ModelMetadata, load_metadata, read_json
@@ -105,6 +105,11 @@ def open_tokenizer(
 ) -> tuple[PreTrainedTokenizerBase, TextEncoder]:
     """Return the tokenizer of a model, with a pad token, and the encoder around it."""
     tokenizer = bb.load_tokenizer(name, revision)
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise CheckpointError(
+            f"{name}: model_max_length in tokenizer_config.json is {show(tokenizer.model_max_length)}, no number; copy the "
+            "file again"
+        )
     tokenizer.add_special_tokens({"pad_token": choose_pad_token(tokenizer)})  # grows the vocabulary where it is new
     encoder = TextEncoder(tokenizer, taxonomy, max_length)
     prepare_for_stock_use(tokenizer, encoder)
@@ -196,6 +201,13 @@ def open_model(path: str | Path, max_length: int | None = None, base_model: str 
     stored = len(taxonomy.categories)
     if not is_adapter and len(spec.config.id2label) != stored:
         raise CheckpointError(f"{path}: its config.json has {len(spec.config.id2label)} labels, its taxonomy {stored}")
+    named = [spec.config.id2label[i] for i in range(stored)] if not is_adapter else list(taxonomy.categories)
+    if named != list(taxonomy.categories):
+        first = next(i for i in range(stored) if named[i] != taxonomy.categories[i])
+        raise CheckpointError(
+            f"{path}: output {first} is {named[first]!r} in config.json and {taxonomy.categories[first]!r} in "
+            "moderation_config.json; copy both files again"
+        )
     return OpenedModel(directory, metadata, spec, is_adapter, tokenizer, encoder, load_thresholds(directory, taxonomy))
 
 

@@ -5,6 +5,7 @@ In: a command line. Out: an exit code. 2 is a fault that the message says how to
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -168,7 +169,7 @@ def run_job(name: str, argv: Sequence[str] | None = None, prog: str | None = Non
         check_inputs(config)
     except ModerationError as error:
         return report_early(error)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         return report_fault(error, name)
     _silence_libraries()
     try:
@@ -197,6 +198,8 @@ def _silence_libraries() -> None:
     """Keep the log to what this library has to say: deprecations inside other libraries are not the user's to mend."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # its retries; what comes of them is said in a line of ours
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def _print_completion(arguments: Sequence[str]) -> int:

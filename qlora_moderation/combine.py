@@ -7,14 +7,14 @@ parts are gone. Needs neither the model nor the inputs, nor torch.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from qlora_moderation.blocks import Table
 from qlora_moderation.errors import CheckpointError, DataError
 from qlora_moderation.metadata import read_json, written_whole
-from qlora_moderation.parts import ENGINE_FILE, PARTS, Asked, Parts, find_runs, writing
+from qlora_moderation.parts import PARTS, Asked, Parts, find_runs, is_summary, writing
 from qlora_moderation.prediction_config import CombineConfig
 from qlora_moderation.proportions import MISSING, Proportions
 from qlora_moderation.summary import FIGURE_FILE, SUMMARY_FILE, describe_method, render_summary, write_summary
@@ -43,7 +43,7 @@ def combine(config: CombineConfig, log: Log = print) -> dict[str, Any]:
         raise CheckpointError(f"--output_dir {output}: holds no parts; give the --output_dir of the shards")
     if finished is not None and runs in ([], [finished["run"]]):
         if runs:
-            Parts(output, runs[0]).remove()  # a kill behind the last step left them
+            Parts(output, runs[0]).remove_abandoned()  # a kill behind the last step left them
         return count_anew(output, finished, _choose(config, Asked.from_dict(finished["summary"])), log)
     parts = Parts(output, runs[0])
     missing = parts.find_missing()
@@ -78,13 +78,21 @@ def read_finished(output: Path, facts: dict[str, Any] | None = None) -> dict[str
     if not (output / SUMMARY_FILE).is_file():
         return None
     found = read_json(output / SUMMARY_FILE)
-    if not isinstance(found, dict) or not {"run", "outputs", "summary"} <= found.keys():
+    if not is_summary(found):
         raise CheckpointError(f"--output_dir {output}: its {SUMMARY_FILE} is not of a run; give another directory")
     return found if facts in (None, found["run"]) else None
 
 
+def is_intact(output: Path, finished: dict[str, Any]) -> bool:
+    """Say whether the outputs of a finished run are there, in the size that they were written in."""
+    places = {output / name: facts["bytes"] for name, facts in finished["outputs"].items()}
+    return all(place.is_file() and place.stat().st_size == size for place, size in places.items())
+
+
 def finish(parts: Parts, asked: Asked, log: Log, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Write outputs and summary, and remove the parts and what an earlier run left. Killed under way, it can be called again.
+
+    What an earlier run left stays until every new output is whole.
 
     Args:
         parts: all of them there.
@@ -93,9 +101,7 @@ def finish(parts: Parts, asked: Asked, log: Log, check: Callable[[], None] = lam
         check: called now and then; may raise to stop.
     """
     counts = _start_count(parts.facts, asked)
-    with writing(parts.output):
-        _remove_earlier(parts)
-    outputs = {}
+    outputs, unfinished = {}, {}
     for number, group in itertools.groupby(list_blocks(parts.facts), key=lambda block: block.table):
         blocks = list(group)
         each = parts.facts["inputs"][number]
@@ -103,31 +109,33 @@ def finish(parts: Parts, asked: Asked, log: Log, check: Callable[[], None] = lam
         log(f"writing {place}")
         table = make_table(each["format"], str(place), parts.facts["options"]["prefix"])
 
-        # unfinished, it lies among the parts, and a kill leaves nothing else behind
-        unfinished = parts.directory / f"output-{number:05d}"
-        with writing(parts.output):
-            with written_whole(unfinished) as file:
-                table.join(_count_parts(parts, table, blocks, counts, check), file)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            outputs[each["name"]] = {"bytes": unfinished.stat().st_size, "rows": each["rows"]}
-            unfinished.replace(place)
+        # until all are there it lies among the parts, and a kill leaves nothing else behind
+        beside = parts.directory / f"output-{number:05d}"
+        with writing(parts.output), written_whole(beside) as file:
+            table.join(_count_parts(parts, table, blocks, counts, check), file)
+        outputs[each["name"]] = {"bytes": beside.stat().st_size, "rows": each["rows"]}
+        unfinished[beside] = place
     if asked.group_by != parts.asked.group_by:  # the run's own columns were found in the inputs
         _check_groups(counts)
-    engine = read_json(parts.directory / ENGINE_FILE)
-    found = _describe(parts.facts, engine, outputs, counts, asked)
+    found = _describe(parts.facts, parts.engine, outputs, counts, asked)
     with writing(parts.output):
+        _remove_earlier(parts, outputs)
+        for beside, place in unfinished.items():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            beside.replace(place)
         write_summary(parts.output, found)
     parts.remove()
     _report(parts.output, found, log)
     return found
 
 
-def _remove_earlier(parts: Parts) -> None:
-    """Remove the result of another run, its summary last; until now it could have been used."""
+def _remove_earlier(parts: Parts, outputs: Container[str]) -> None:
+    """Remove what another run left and this one does not replace, its summary last: it names the rest."""
     earlier = read_finished(parts.output)
     if earlier is not None and earlier["run"] != parts.facts:
         for name in earlier["outputs"]:
-            (parts.output / name).unlink(missing_ok=True)
+            if name not in outputs:
+                (parts.output / name).unlink(missing_ok=True)
         (parts.output / SUMMARY_FILE).unlink()
 
 
@@ -158,8 +166,8 @@ def count_anew(output: Path, finished: dict[str, Any], asked: Asked, log: Log) -
     for name, facts in finished["outputs"].items():
         if not (output / name).is_file() or (output / name).stat().st_size != facts["bytes"]:
             raise CheckpointError(
-                f"{output / name}: is gone or was changed since the run finished; restore it, or remove {SUMMARY_FILE} and the "
-                "other outputs to score again"
+                f"{output / name}: is gone or was changed since the run finished; restore it, or score again with "
+                "--overwrite True"
             )
     log(f"{output}: the run has finished; nothing is left to score")
     if finished["summary"] == asked.to_dict():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import signal
 import sys
 import time
@@ -87,6 +88,10 @@ def is_unread() -> bool:
         print(end="", flush=True)
     except BrokenPipeError:
         return True
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no output, or none of the system's
+        watch = select.poll()  # what was not buffered is gone with the error, and nothing is left to be flushed
+        watch.register(sys.stdout.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
     return False
 
 
@@ -125,6 +130,8 @@ def report_fault(error: Exception, job: str) -> int:
         )
     if isinstance(error, OSError) and (refusal := describe_refusal(error)):
         return report_once(refusal)
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of pathlib, before Python 3.13
+        return report_once(ModerationError(f"{brief(error)}: these links lead to each other; give another path"))
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         raise error
     lines = traceback.format_exception(error)

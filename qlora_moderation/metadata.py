@@ -31,7 +31,7 @@ class Quantization:
     """
 
     double_quant: bool = True
-    weights_dtype: str = "float32"
+    weights_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ def load_metadata(directory: Path) -> ModelMetadata | None:
         CheckpointError: the file is there and cannot be understood.
     """
     path = directory / METADATA_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     values = read_json(path)
     try:
@@ -113,6 +113,8 @@ def read_json(path: Path) -> Any:
     Raises:
         CheckpointError: it is missing, truncated or no JSON.
     """
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: is no file; put the file back")
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -123,7 +125,12 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, values: Any) -> None:
     """Write a JSON file whole: beside its place first, then renamed."""
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(values, indent=2, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, as JSON and file names may hold it, has an escape of its own
+        text = json.dumps(values, indent=2)
+    write_text(path, text + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

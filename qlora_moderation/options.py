@@ -236,6 +236,11 @@ def load_options(cls: type[T], parser: argparse.ArgumentParser, argv: Sequence[s
         except ValueError as error:
             faults.append(f"{place}: {show(value)} is not valid, {error}")
             continue
+        if fields[name].metadata["required"] and resolved[name] in ("", ("",)):
+            faults.append(
+                f"{place}: is empty, as where a shell's variable is not set; give {fields[name].metadata['help']}"
+            )
+            continue
         fault = _check_bounds(resolved[name], fields[name].metadata)
         if fault:
             faults.append(f"{place}: {value} is not valid, {fault}")

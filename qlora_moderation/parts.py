@@ -10,11 +10,11 @@ import contextlib
 import dataclasses
 import fcntl
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qlora_moderation.errors import CheckpointError
+from qlora_moderation.errors import CheckpointError, ModerationError
 from qlora_moderation.metadata import read_json, write_json, written_whole
 from qlora_moderation.refusals import refusals
 from qlora_moderation.workload import BlockId, find_differences, fingerprint_facts, list_blocks
@@ -47,6 +47,18 @@ class Asked:
         """Read what `to_dict` gave."""
         return cls(tuple(values["group_by"]), values["replicates"])
 
+    @classmethod
+    def read(cls, path: Path) -> Asked:
+        """Read a file.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        values = read_json(path)
+        if not _is_asked(values):
+            raise _damaged(path)
+        return cls.from_dict(values)
+
 
 class Parts:
     """The parts of one run.
@@ -74,8 +86,24 @@ class Parts:
 
     @property
     def asked(self) -> Asked:
-        """Which summary was asked for last."""
-        return Asked.from_dict(read_json(self.directory / ASKED_FILE))
+        """Which summary was asked for last.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        return Asked.read(self.directory / ASKED_FILE)
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """What scores, or has scored, the parts.
+
+        Raises:
+            CheckpointError: the file is missing or damaged.
+        """
+        found = read_json(self.directory / ENGINE_FILE)
+        if not isinstance(found, dict):
+            raise _damaged(self.directory / ENGINE_FILE)
+        return found
 
     def path_of(self, block: BlockId) -> Path:
         """Return where a block's part stands once it is written."""
@@ -109,7 +137,7 @@ class Parts:
         if not path.is_file():
             with writing(self.output):
                 write_json(path, engine)
-        before = read_json(path)
+        before = self.engine
         for name in ("dtype", "categories"):
             if before.get(name) != engine[name]:
                 raise CheckpointError(
@@ -151,16 +179,76 @@ class Parts:
             path.parent.mkdir(parents=True, exist_ok=True)
             return _lock(stack, path, wait)
 
+    @contextlib.contextmanager
+    def leaving_no_trace(self, made: Sequence[Path] | None) -> Iterator[None]:
+        """Remove what a run has begun where it fails before its first part.
+
+        Args:
+            made: directories that it made, the deepest first; None: others may be at work beside it, so all stays.
+        """
+        try:
+            yield
+        except ModerationError:
+            if made is not None and not any(self.directory.glob(_ANY_PART)):
+                shutil.rmtree(self.directory, ignore_errors=True)
+                if not any(path.is_dir() for path in self.directory.parent.glob("*")):
+                    shutil.rmtree(self.directory.parent, ignore_errors=True)
+                for path in made:
+                    with contextlib.suppress(OSError):  # somebody else has put something there
+                        path.rmdir()
+            raise
+
     def remove(self) -> None:
         """Remove the parts of this run and what others have left."""
         shutil.rmtree(self.output / PARTS, ignore_errors=True)
 
+    def remove_abandoned(self) -> None:
+        """Remove the same, unless another run is at work on them."""
+        locks = [*(self.output / PARTS).glob(".writer-*"), *(self.output / PARTS).glob(".combining")]
+        if not any(_is_locked(path) for path in locks):
+            self.remove()
+
 
 def find_runs(output: Path) -> list[dict[str, Any]]:
     """Return the facts of every run that has parts in an output directory; one that scored nothing is none."""
-    return [
-        read_json(path) for path in sorted((output / PARTS).glob(f"*/{RUN_FILE}")) if any(path.parent.glob(_ANY_PART))
-    ]
+    paths = [path for path in sorted((output / PARTS).glob(f"*/{RUN_FILE}")) if any(path.parent.glob(_ANY_PART))]
+    found = {path: read_json(path) for path in paths}
+    for path, facts in found.items():
+        if not _is_run(facts) or path.parent.name != fingerprint_facts(facts):
+            raise _damaged(path)
+    return list(found.values())
+
+
+def _damaged(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path}: is damaged; remove {path.parent}, and score its blocks again")
+
+
+def _is_asked(values: Any) -> bool:
+    return (
+        isinstance(values, dict)
+        and isinstance(values.get("group_by"), list)
+        and all(isinstance(column, str) for column in values["group_by"])
+        and isinstance(values.get("replicates"), int)
+        and values["replicates"] >= 0
+    )
+
+
+def _is_run(facts: Any) -> bool:
+    """Say whether these may be the facts of a run; whether they are is said by their fingerprint."""
+    return isinstance(facts, dict) and all(
+        isinstance(facts.get(name), kind) for name, kind in (("inputs", list), ("options", dict))
+    )
+
+
+def is_summary(found: Any) -> bool:
+    """Say whether a `summary.json` is one that a run has written."""
+    return (
+        isinstance(found, dict)
+        and _is_run(found.get("run"))
+        and isinstance(found.get("outputs"), dict)
+        and all(isinstance(facts, dict) and "bytes" in facts for facts in found["outputs"].values())
+        and _is_asked(found.get("summary"))
+    )
 
 
 def remove_others(output: Path, facts: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from qlora_moderation.errors import printable
 from qlora_moderation.metadata import written_whole
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
@@ -250,5 +251,6 @@ def _find_wilson_interval(share: float, count: int) -> tuple[float, float]:
 
 def _shorten(name: str) -> str:
     """Return a name short enough for a panel, with what matplotlib would read as mathematics escaped."""
+    name = printable(name)
     short = name if len(name) <= 28 else name[:27] + "\u2026"
     return short.replace("$", r"\$")

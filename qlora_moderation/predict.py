@@ -14,12 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qlora_moderation.combine import count_anew, finish, read_finished
+from qlora_moderation.combine import count_anew, finish, is_intact, read_finished
 from qlora_moderation.errors import CheckpointError, Interrupted, ModerationError, SaidByMainError
 from qlora_moderation.interruption import StopSignals
-from qlora_moderation.parts import Asked, Parts, raise_other, refuse_others, remove_others
+from qlora_moderation.parts import Asked, Parts, raise_other, refuse_others, remove_others, writing
 from qlora_moderation.prediction_config import PredictConfig
 from qlora_moderation.row_check import check_blocks
+from qlora_moderation.summary import SUMMARY_FILE
 from qlora_moderation.workload import BlockId, Workload, build_workload, check_unchanged, list_blocks
 
 Log = Callable[[str], None]
@@ -51,13 +52,18 @@ def predict(config: PredictConfig, log: Log = _say) -> dict[str, Any] | None:
         raise
     asked = Asked(config.group_by, config.bootstrap_replicates)
     finished = read_finished(output, work.facts)
+    if finished is not None and config.overwrite and not is_intact(output, finished):
+        finished = None  # its outputs are replaced; the summary would call them finished if this were killed
+        with writing(output):
+            (output / SUMMARY_FILE).unlink(missing_ok=True)
     if finished is not None:
-        Parts(output, work.facts).remove()
+        Parts(output, work.facts).remove_abandoned()
         return count_anew(output, finished, asked, log) if rank == 0 else None
     shard, shards = config.share
     number, every = shard + shards * rank, shards * processes
     parts = Parts(output, work.facts)
-    with parts.locked(number, every):
+    made = [path for path in (output, *output.parents) if not path.exists()]
+    with parts.locked(number, every), parts.leaving_no_trace(made if every == 1 else None):
         if read_finished(output, work.facts) is None:
             mine = {block for index, block in enumerate(list_blocks(work.facts)) if index % every == number}
             todo = [block for block in parts.find_missing() if block in mine]

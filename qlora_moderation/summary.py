@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora_moderation.errors import printable
 from qlora_moderation.metadata import write_json
 from qlora_moderation.proportions import LEVEL, MOST_GROUPS
 
@@ -89,8 +90,10 @@ def _list_shares(found: Mapping[str, Any]) -> dict[str, Share]:
 def _render_table(head: list[str], shares: Mapping[str, Share], counts: Mapping[str, int]) -> list[str]:
     cells = [head]
     for name, (share, edges) in shares.items():
+        judged = counts[name]
+        name = printable(name)  # a value of the rows steers no terminal
         label = name if len(name) <= _WIDEST else name[: _WIDEST - 1] + "\u2026"
-        rows = f"{round(share * counts[name]):,} of {counts[name]:,}"
+        rows = f"{round(share * judged):,} of {judged:,}"
         interval = f"{_to_percent(edges[0])} to {_to_percent(edges[1])} %" if edges else ""
         cells.append([label, rows, f"{_to_percent(share)} %", interval])
     widths = [max(len(row[column]) for row in cells) for column in range(4)]

@@ -7,6 +7,7 @@ made on raw probabilities, so that the output of a stock pipeline and this file 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -151,7 +152,7 @@ def load_thresholds(directory: Path, taxonomy: Taxonomy) -> Thresholds:
         CheckpointError: the file does not give each category of the taxonomy a number in [0, 1], or a map that rises.
     """
     path = directory / THRESHOLDS_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         return Thresholds.default(taxonomy)
     values = read_json(path)
     names = taxonomy.categories

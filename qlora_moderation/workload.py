@@ -210,5 +210,12 @@ def check_unchanged(workload: Workload) -> None:
         DataError: one was written to since.
     """
     for each in workload.inputs:
-        if each.stamp is not None and stamp(Path(each.table.source)) != each.stamp:
+        if each.stamp is not None and _look_at(Path(each.table.source)) != each.stamp:
             raise DataError(f"{each.table.source}: has changed while it was scored; start over with --overwrite True")
+
+
+def _look_at(path: Path) -> tuple[int, int] | None:
+    try:
+        return stamp(path)
+    except OSError:  # it is gone
+        return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +235,55 @@ def a_meaning_cut_off(bench):
 @case("--base dequantized: this adapter was trained on plain weights; use --base original")
 def a_merge_into_weights_that_never_were(bench):
     return bench.merge(base="dequantized")
+
+
+def _edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+@case("{folder}/model: config.json has 1 layers and no place for model.layers.1.", "copy config.json again")
+def a_configuration_with_fewer_layers_than_weights(bench):
+    path = bench.model("full")
+    _edit(path / "config.json", lambda values: values.update(num_hidden_layers=1))
+    return bench.predict(model_path=path)
+
+
+@case(
+    "{folder}/model: output 0 is 'controversial_topics,politics' in config.json and 'animal_abuse' in moderation_config.json"
+)
+def a_configuration_with_other_categories(bench):
+    path = bench.model("full")
+    _edit(path / "config.json", lambda values: values["id2label"].update({"0": "controversial_topics,politics"}))
+    return bench.predict(model_path=path)
+
+
+@case("{folder}/model/thresholds.json: is no file; put the file back")
+def thresholds_that_are_a_directory(bench):
+    path = bench.model("full")
+    (path / "thresholds.json").unlink()
+    (path / "thresholds.json").mkdir()
+    return bench.predict(model_path=path)
+
+
+@case("{folder}/model/moderation_config.json: cannot be read (No such file or directory)")
+def a_meaning_behind_a_link_to_nowhere(bench):
+    path = bench.model("full")
+    (path / "moderation_config.json").unlink()
+    (path / "moderation_config.json").symlink_to(bench.folder / "nowhere.json")
+    return bench.predict(model_path=path)
+
+
+@case("{folder}/model: model_max_length in tokenizer_config.json is 'x', no number; copy the file again")
+def a_tokenizer_whose_length_is_no_number(bench):
+    path = bench.model("full")
+    _edit(path / "tokenizer_config.json", lambda values: values.update(model_max_length="x"))
+    return bench.predict(model_path=path)
+
+
+@case("{folder}/model/moderation_config.json: is not readable as model metadata (weights_dtype is 'int3')")
+def a_quantisation_of_an_unknown_type(bench):
+    path = bench.model("qlora")
+    _edit(path / "moderation_config.json", lambda values: values["quantization"].update(weights_dtype="int3"))
+    return bench.merge(path)

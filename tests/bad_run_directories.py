@@ -74,3 +74,19 @@ def an_evaluation_over_something(bench):
     (bench.folder / "out").mkdir()
     bench.write("out/thesis.txt", "years of work")
     return bench.evaluate()
+
+
+@case("{folder}/loop", "give another")
+def a_link_that_leads_to_itself(bench):
+    (bench.folder / "loop").symlink_to("loop")
+    return bench.predict(output_dir=bench.folder / "loop")
+
+
+@case("--output_dir: is empty, as where a shell's variable is not set; give where one file for each input goes")
+def an_output_without_a_name(bench):
+    return bench.predict(output_dir="")
+
+
+@case("--input: is empty, as where a shell's variable is not set; give files")
+def an_input_without_a_name(bench):
+    return bench.predict(input="")

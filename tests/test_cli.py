@@ -136,6 +136,23 @@ def test_a_reader_that_leaves_early_is_no_fault():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_reader_that_leaves_early_is_told_where_nothing_is_buffered():
+    """As in a container with PYTHONUNBUFFERED: what the error was raised for is gone, and no flush says it again."""
+    program = (
+        "import sys\nfrom qlora_moderation import cli\n"
+        "cli._JOBS['plan'] = (cli._JOBS['plan'][0], lambda _: print('a line'), '')\n"
+        "sys.exit(cli.run_job('plan', []))\n"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE, text=True, env=environment, timeout=60
+    )
+    os.close(write)
+    assert done.returncode == 141 and done.stderr == "stopped: nobody reads the output any more\n"
+
+
 class Unread:
     """A standard output that nobody reads any more."""
 

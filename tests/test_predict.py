@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -252,14 +253,96 @@ def test_a_result_stays_until_the_one_that_replaces_it_is_whole(make, inputs, un
             predict(config, silent)
     assert content(unbroken).items() <= content(tmp_path / "out").items()
     assert predict(make(), silent)["rows"] == 90, "the earlier result can still be used"
-    with monkeypatch.context() as patch:
-        patch.setattr(predicting, "finish", lambda *_: (_ for _ in ()).throw(Interrupted(signal.SIGTERM)))
-        with pytest.raises(Interrupted):
-            predict(config, silent)
-    assert content(unbroken).items() <= content(tmp_path / "out").items()
+    for number in (0, 1):  # the disk is full, or a signal comes, while an output is put together
+        whole, seen = combining.written_whole, []
+
+        def full(path, number=number, whole=whole, seen=seen):
+            if path.name.startswith("output-"):
+                seen.append(path)
+                if len(seen) > number:
+                    raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            return whole(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(combining, "written_whole", full)
+            with pytest.raises(CheckpointError, match="No space left"):
+                predict(config, silent)
+        assert content(unbroken).items() <= content(tmp_path / "out").items()
     predict(config, silent)
     assert (tmp_path / "out" / "z.jsonl").read_bytes() == (unbroken / "a.jsonl").read_bytes()
     assert not (tmp_path / "out" / "a.jsonl").exists() and not (tmp_path / "out" / "parts").exists()
+
+
+def test_a_finished_command_leaves_the_run_alone_that_replaces_its_result(
+    make, inputs, unbroken, tmp_path, monkeypatch
+):
+    shutil.copytree(unbroken, tmp_path / "out")
+    shutil.copytree(inputs, tmp_path / "in")
+    (tmp_path / "in" / "a.jsonl").rename(tmp_path / "in" / "z.jsonl")
+    whole = Parts.write
+
+    def write(self, block):
+        monkeypatch.setattr(Parts, "write", whole)
+        assert predict(make(), silent)["rows"] == 90  # as if another process gave the earlier command again
+        return whole(self, block)
+
+    monkeypatch.setattr(Parts, "write", write)
+    assert predict(make(input=(str(tmp_path / "in"),), overwrite=True), silent)["rows"] == 90
+    assert (tmp_path / "out" / "z.jsonl").is_file() and not (tmp_path / "out" / "parts").exists()
+
+
+def test_a_lost_output_is_scored_again_where_that_is_asked_for(make, unbroken, tmp_path):
+    shutil.copytree(unbroken, tmp_path / "out")
+    (tmp_path / "out" / "b.parquet").unlink()
+    with pytest.raises(CheckpointError, match=r"b\.parquet: is gone or was changed .* --overwrite True"):
+        predict(make(), silent)
+    predict(make(overwrite=True), silent)
+    assert content(tmp_path / "out") == content(unbroken)
+
+
+def test_a_run_that_fails_before_its_first_part_leaves_nothing(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(local_engine, "load_classifier", lambda *_, **__: (_ for _ in ()).throw(DataError("no model")))
+    (tmp_path / "there").mkdir()
+    for name in ("out/of/folders", "there"):
+        with pytest.raises(DataError):
+            predict(make(output_dir=str(tmp_path / name)), silent)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["there"] and not any((tmp_path / "there").iterdir())
+
+
+def test_values_and_names_that_are_no_text_are_counted_and_shown(make, tmp_path, capsys):
+    path = Path(os.fsdecode(bytes(tmp_path) + b"/in\xff.jsonl"))
+    rows = [{"prompt": "How?", "response": "So.", "g": value} for value in ("\ud83d", "\x1b[2J\n", "plain")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"input": (str(path),), "prompt_column": "prompt", "response_column": "response", "group_by": ("g",)}
+    log: list[str] = []
+    summary = predict(make(**options), log.append)
+    assert set(summary["groups"]["g"]) == {"\ud83d", "\x1b[2J\n", "plain"}
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["rows"] == 3
+    assert not any("\x1b" in line or "\ud83d" in line for line in log)
+
+
+@pytest.mark.parametrize(
+    ("name", "damaged"),
+    [
+        ("summary.json", '{"run": 1, "outputs": [], "summary": {}}'),
+        ("run.json", "[]"),
+        ("run.json", "{}"),
+        ("run.json", '{"inputs": [], "options": {}}'),
+        ("asked", "{}"),
+        ("asked", '{"group_by": ["a"], "replicates": -5}'),
+        ("engine.json", "5"),
+    ],
+)
+def test_a_damaged_state_is_named(make, unbroken, tmp_path, name, damaged):
+    if name == "summary.json":
+        shutil.copytree(unbroken, tmp_path / "out")
+        (tmp_path / "out" / name).write_text(damaged)
+    else:
+        for shard in ("1/2", "2/2"):
+            predict(make(shard=shard), silent)
+        next((tmp_path / "out" / "parts").glob(f"*/{'summary.json' if name == 'asked' else name}")).write_text(damaged)
+    with pytest.raises(CheckpointError, match=r"is damaged; remove|is not of a run"):
+        combine(CombineConfig(str(tmp_path / "out")), silent)
 
 
 def test_an_input_that_changes_under_way_is_not_used(make, inputs, tmp_path, monkeypatch):
@@ -274,6 +357,9 @@ def test_an_input_that_changes_under_way_is_not_used(make, inputs, tmp_path, mon
     with pytest.raises(DataError, match=r"a.jsonl: has changed while it was scored"):
         predict(make(input=(str(tmp_path / "in"),)), silent)
     assert not (tmp_path / "out" / "a.jsonl").exists()
+    monkeypatch.setattr(predicting, "check_blocks", lambda *_: (tmp_path / "in" / "a.jsonl").unlink())
+    with pytest.raises(DataError, match=r"a.jsonl: (has changed|cannot be read|is gone)"):
+        predict(make(input=(str(tmp_path / "in"),), output_dir=str(tmp_path / "second")), silent)
 
 
 def test_two_runs_at_once_are_refused(make, tmp_path):

@@ -185,6 +185,22 @@ def test_a_second_signal_ends_it(model):
         assert finish(process) == 143, "".join(lines)
 
 
+def test_half_a_request_ends_with_the_server_and_without_a_traceback(model):
+    with start_server(model, "--shutdown_timeout", "1") as (process, address, lines):
+        port = int(address.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as half:
+            half.sendall(
+                b"POST /v1/moderations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
+            )
+            while "pairs" not in httpx.get(f"{address}/metrics").text:
+                time.sleep(0.005)
+            process.send_signal(signal.SIGTERM)
+            answer = b"".join(iter(lambda: half.recv(4096), b""))
+        assert finish(process) == 143
+    assert answer.startswith(b"HTTP/1.1 503") and b'"code": "stopped"' in answer.replace(b'":"', b'": "')
+    assert "Traceback" not in "".join(lines)
+
+
 def test_what_cannot_start_says_why_and_exits_with_2(model, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

@@ -150,6 +150,11 @@ class Guard:
             if not status:
                 found = RequestError(500, "server_error", "the server failed on this request; its log says where")
                 await _json(found.body, found.status)(scope, receive, note)
+        except asyncio.CancelledError:  # the server ends and waits for nobody any more
+            if not status:
+                found = RequestError(503, "stopped", "the server was stopped", retry_after=1)
+                with contextlib.suppress(OSError, RuntimeError):  # the connection may have gone, too
+                    await _json(found.body, found.status)(scope, receive, note)
         finally:
             self._count(scope, status or _GONE, time.perf_counter() - started)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class RuleFile:
         self.rule = Rule.of(thresholds, taxonomy)
         self._directory = directory
         self._taxonomy = taxonomy
-        self._existed = (directory / THRESHOLDS_FILE).is_file()
+        self._existed = os.path.lexists(directory / THRESHOLDS_FILE)
         self._seen = self._look()
 
     def has_changed(self) -> bool:
