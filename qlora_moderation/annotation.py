@@ -92,14 +92,17 @@ def _read_flag(value: Any, column: str) -> bool:
 
 def _read_labels(row: dict[str, Any], taxonomy: Taxonomy) -> tuple[tuple[bool, ...], bool]:
     if "is_safe" not in row:
-        raise BadRow("column is_safe is missing")
+        raise BadRow("column is_safe is missing; it says whether no category applies")
     flagged = not _read_flag(row["is_safe"], "is_safe")
     if taxonomy.labels_from == "is_safe":
         return (flagged,), flagged
     # a CSV may hold one column for each category
     votes = row.get("category", {name: row[name] for name in taxonomy.categories if name in row} or None)
     if votes is None:
-        raise BadRow("column category is missing")
+        raise BadRow(
+            "column category is missing, which maps each category to true or false; rows with is_safe alone need a --taxonomy "
+            "of one category with labels_from: is_safe"
+        )
     if not isinstance(votes, dict):
         raise BadRow(f"category is {show(votes)}, not a mapping of names to true or false")
     if tuple(votes) != taxonomy.categories:  # the usual order needs no search

@@ -38,6 +38,7 @@ PACKED_MODEL_TYPES = {"llama", "mistral", "qwen2", "qwen3"}
 
 ENCODER_MODEL_TYPES = {"bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "mpnet", "deberta-v2"}
 _LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers?|h|blocks)\.(\d+)\.")
+_MODELS_BELOW = [f"{deep}{file}" for deep in ("*/", "*/*/") for file in ("config.json", "adapter_config.json")]
 _DROPOUTS = (
     "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "hidden_dropout",
     "dropout", "embd_pdrop", "attn_pdrop", "resid_pdrop", "seq_classif_dropout",
@@ -67,6 +68,7 @@ def inspect_backbone(name: str, revision: str | None = None) -> BackboneSpec:
     """
     if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
         raise CheckpointError(f"{name}: is an adapter, not a backbone; merge it first (scripts/merge_adapter.py)")
+    _refuse_place_without_model(name)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
     except Exception as error:  # transformers and its checks of single fields raise many kinds here
@@ -96,6 +98,27 @@ def inspect_backbone(name: str, revision: str | None = None) -> BackboneSpec:
             f"nor an encoder of the kinds {', '.join(sorted(ENCODER_MODEL_TYPES))}"
         )
     return BackboneSpec(name, revision, config, "decoder")
+
+
+def _refuse_place_without_model(name: str) -> None:
+    """Refuse a path of this machine at which no model lies, which a hub would be asked for in vain.
+
+    Raises:
+        CheckpointError: names models that lie below it, if any.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            below = sorted(found.parent for pattern in _MODELS_BELOW for found in path.glob(pattern))
+            hint = f"; models lie in {', '.join(map(str, below[:3]))}" if below else ""
+            raise CheckpointError(
+                f"{name}: holds no model, config.json is missing{hint}; give the directory of a model"
+            )
+        return
+    # the hub's names are `name` or `owner/name`
+    local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.parent.name
+    if local and (path.is_absolute() or name.count("/") != 1 or path.parent.is_dir()):
+        raise CheckpointError(f"{name}: no such directory; give the directory of a model, or a hub name as owner/name")
 
 
 def _explain(name: str, error: BaseException) -> str:

@@ -11,6 +11,7 @@ import yaml
 
 from qlora_moderation.metadata import ModelMetadata
 from qlora_moderation.metrics import Metrics
+from qlora_moderation.taxonomy import BEAVERTAILS_CATEGORIES
 from qlora_moderation.thresholds import Thresholds
 
 _SHOWN = ("precision", "recall", "f1", "auroc", "average_precision")
@@ -18,6 +19,10 @@ _SHOWN = ("precision", "recall", "f1", "auroc", "average_precision")
 _LICENCE = (
     "The code is under Apache-2.0. BeaverTails is under CC BY-NC 4.0: a model trained on it is for non-commercial use. "
     "The backbone's own licence applies too."
+)
+_OTHER_LICENCE = (
+    "The code is under Apache-2.0. What the licences of training rows and backbone say of models made from them applies too"
+    "{own}."
 )
 _LIMITS = (
     "The model judges one question with one answer as a whole, in the language and style of its training rows. It does not "
@@ -44,13 +49,20 @@ def build_card(
         "pipeline_tag": "text-classification",
         "tags": ["moderation", "multi-label", metadata.method],
         "license": "other",
-        "license_name": "apache-2.0-code-with-non-commercial-data",
     }
+    of_beavertails = "beavertails" in str(metadata.training.get("training_data", "beavertails")).lower()
+    if of_beavertails:
+        front["license_name"] = "apache-2.0-code-with-non-commercial-data"
+    own = "; rows of BeaverTails are under CC BY-NC 4.0, for non-commercial use"
+    licence = _OTHER_LICENCE.format(own=own if metadata.taxonomy.categories == BEAVERTAILS_CATEGORIES else "")
+    licence = _LICENCE if of_beavertails else licence
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# QA moderation: {metadata.kind} of `{base}`\n",
         "Judges a question with its answer as a whole: harmful if the answer does not neutralise the question's risk, "
-        f"in any of {len(metadata.taxonomy.categories)} categories (multi-label).\n",
+        f"in any of {len(metadata.taxonomy.categories)} categories (multi-label).\n"
+        if len(metadata.taxonomy.categories) > 1
+        else f"by one category, `{metadata.taxonomy.categories[0]}`.\n",
         "## Use\n\n```python\nfrom qlora_moderation import QAModeration\n\n"
         'moderation = QAModeration.from_pretrained("path/to/this/directory")\n'
         'print(moderation.predict(question="...", answer="..."))\n```\n',
@@ -58,7 +70,7 @@ def build_card(
         _training_section(metadata, base),
         _metrics_section(metrics),
         _thresholds_section(thresholds),
-        f"## Licence and limits\n\n{_LICENCE}\n\n{_LIMITS}\n",
+        f"## Licence and limits\n\n{licence}\n\n{_LIMITS}\n",
     ]
     return "\n".join(sections)
 
@@ -135,7 +147,8 @@ def _training_section(metadata: ModelMetadata, base: str) -> str:
         double = "with" if metadata.quantization.double_quant else "without"
         facts["base weights"] = f"NF4 {double} double quantisation, from {metadata.quantization.weights_dtype}"
     facts["longest text"] = f"{metadata.max_length} tokens; beyond: {metadata.long_text}"
-    facts["template"] = f"`{metadata.taxonomy.template}` and the end token"
+    template = metadata.taxonomy.template.replace("\n", "\\n").replace("|", "\\|")  # in one cell of the table
+    facts["template"] = f"`{template}` and the end token"
     facts |= {key.replace("_", " "): value for key, value in metadata.training.items() if key != "warnings"}
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items() if value is not None)
     notes = "".join(f"\n**Note:** {warning}\n" for warning in metadata.training.get("warnings", []))

@@ -138,16 +138,16 @@ def speaks_first(message: str) -> bool:
         return True
 
 
-def first_to_fail() -> int:
-    """Note that this rank has an error of its own, and return the rank that was the first to say so."""
+def first_to_fail() -> int | None:
+    """Note that this rank has an error of its own, and return the rank that was the first to say so; None: nobody can tell."""
     own = int(os.environ.get("RANK", "0"))
     if world_size() == 1:
         return own
     try:
         store: Any = dist.distributed_c10d._get_default_store()
         return int(store.compare_set("failed", "", str(own)))
-    except Exception:  # the process that kept the store has gone
-        return own
+    except Exception:  # the process that kept the store has gone, which it does behind the first to fail
+        return None
 
 
 def is_lost_contact(error: BaseException | None) -> bool:

@@ -141,7 +141,8 @@ def report_fault(error: Exception, job: str) -> int:
             f"lost contact with another rank, whose error, if it had one, stands in the same log ({lines[-1].strip()})"
         ]
     elif (first := first_to_fail()) != own:
-        lines = [f"lost contact with rank {first}, whose error stands in the same log ({lines[-1].strip()})"]
+        other = "another rank" if first is None else f"rank {first}"
+        lines = [f"lost contact with {other}, whose error stands in the same log ({lines[-1].strip()})"]
     print("".join(f"{_speaker() or '[rank 0] '}{line}\n" for line in "".join(lines).splitlines()), file=sys.stderr)
     return 1
 

@@ -52,9 +52,7 @@ def merge_adapter(config: MergeConfig, log: Callable[[str], None] = print) -> Pa
     """
     adapter_path, output = Path(config.adapter_path), Path(config.output_dir)
     if not (adapter_path / ADAPTER_FILE).is_file():
-        raise CheckpointError(
-            f"--adapter_path {adapter_path}: holds no {ADAPTER_FILE}; give the adapter directory of a run"
-        )
+        raise CheckpointError(f"--adapter_path {adapter_path}: {_say_what_it_is(adapter_path)}")
     opened = open_model(adapter_path)
     _check_target(output, adapter_path, Path(opened.spec.name), config.overwrite)
     quantized = opened.metadata.quantization is not None
@@ -79,7 +77,8 @@ def merge_adapter(config: MergeConfig, log: Callable[[str], None] = print) -> Pa
                 log(f"left out of the base: {describe_names(plan.dropped)}")
             write_merged(plan, unfinished, dtype)
         size = sum(file.stat().st_size for file in unfinished.glob("*.safetensors"))
-        log(f"{size / 1e9:.2f} GB written in {time.monotonic() - started:.1f} s; now the proof")
+        shown = f"{size / 1e9:.2f} GB" if size > 5e7 else f"{size / 1e6:.1f} MB"
+        log(f"{shown} written in {time.monotonic() - started:.1f} s; now the proof")
         _write_companions(opened, unfinished)
         report = prove_merge(opened, plan, unfinished, dequantize, dtype, config.use_cpu)
         if plan is not None:
@@ -91,6 +90,17 @@ def merge_adapter(config: MergeConfig, log: Callable[[str], None] = print) -> Pa
     log(f"written: {output}")
     log(f"next: python scripts/evaluate.py --model_path {output} --eval_dataset FILE --output_dir DIR")
     return output
+
+
+def _say_what_it_is(path: Path) -> str:
+    """Say what lies where no adapter does, and what to give instead."""
+    if not path.is_dir():
+        return "no such directory; give the adapter directory of a run"
+    if (path / "config.json").is_file():
+        return "is a full model; there is nothing to merge"
+    if (path / "adapter" / ADAPTER_FILE).is_file():
+        return f"is a run directory; give {path / 'adapter'}"
+    return f"holds no {ADAPTER_FILE}; give the adapter directory of a run"
 
 
 def _check_target(output: Path, adapter: Path, base: Path, overwrite: bool) -> None:

@@ -38,13 +38,17 @@ def option(default: Any = dataclasses.MISSING, help: str = "", **checks: Any) ->
     return dataclasses.field(default=None if default is dataclasses.MISSING else default, metadata=metadata)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], before: str = "") -> str:
     """Return ` (did you mean X?)` for the nearest known name, or the first with these words in it, or nothing."""
-    names = list(known)
+    match = _find_nearest(name, list(known))
+    return f" (did you mean {before}{match}?)" if match else ""
+
+
+def _find_nearest(name: str, names: list[str]) -> str | None:
     match = difflib.get_close_matches(name, names, n=1)
     if not match and len(name) > 2:  # two letters, as of a learning rate, stand for too much
         match = [other for other in names if set(name.split("_")) <= set(other.split("_"))]
-    return f" (did you mean {match[0]}?)" if match else ""
+    return match[0] if match else None
 
 
 def _word(value: Any) -> str:
@@ -156,8 +160,8 @@ def build_parser(cls: type, description: str, prog: str | None = None) -> argpar
         "--config", metavar="YAML", nargs="?", const=_BARE, help="file of `key: value` lines; flags win"
     )
     hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        annotation = hints[field.name]
+    for field in sorted(dataclasses.fields(cls), key=lambda field: not field.metadata["required"]):
+        annotation = _without_none(hints[field.name])
         names = [f"--{name}" for name in (field.name, *field.metadata.get("aliases", ()))]
         facts = [" | ".join(map(str, typing.get_args(annotation)))] if typing.get_origin(annotation) is Literal else []
         if field.metadata["required"]:
@@ -171,6 +175,13 @@ def build_parser(cls: type, description: str, prog: str | None = None) -> argpar
         metavar = "X ..." if several else "[True | False]" if annotation is bool else "X"
         parser.add_argument(*names, dest=field.name, help=text.replace("%", "%%"), metavar=metavar, **arity)
     return parser
+
+
+def _without_none(annotation: Any) -> Any:
+    """Return the type of an option that may be left open."""
+    kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+    is_union = typing.get_origin(annotation) in (Union, types.UnionType)
+    return kinds[0] if is_union and len(kinds) == 1 else annotation
 
 
 def _say_default(default: Any) -> str:
@@ -197,10 +208,13 @@ def load_options(cls: type[T], parser: argparse.ArgumentParser, argv: Sequence[s
     # argparse takes every -hX for -h with a value, as if -host asked for help
     parsed, unknown = parser.parse_known_args(["--help" if word == "-h" else word for word in argv])
     flags = vars(parsed)
+    meant: set[str | None] = set()  # by a misspelt flag, or by a file that could not be read
     for name in unknown:
         if name.startswith("--"):
             key = name[2:].split("=")[0]
-            faults.append(f"unknown flag --{key}{nearest(key, [*fields, *aliases, 'config'])}")
+            every = [*fields, *aliases, "config"]
+            faults.append(f"unknown flag --{key}{nearest(key, every, '--')}")
+            meant.add(_find_nearest(key, every))
         elif not any(earlier.startswith("--") for earlier in unknown[: unknown.index(name)]):
             faults.append(f"unexpected argument {name!r}; every option is a flag, see --help")
 
@@ -214,6 +228,7 @@ def load_options(cls: type[T], parser: argparse.ArgumentParser, argv: Sequence[s
             values = read_yaml(path, "--config")
         except ConfigError as error:
             faults.append(str(error))
+            meant |= fields.keys()
         for key, value in values.items():
             name = aliases.get(key, key)
             if name in given:
@@ -245,7 +260,7 @@ def load_options(cls: type[T], parser: argparse.ArgumentParser, argv: Sequence[s
         if fault:
             faults.append(f"{place}: {value} is not valid, {fault}")
     for name, field in fields.items():
-        if field.metadata["required"] and name not in given:
+        if field.metadata["required"] and name not in given and not meant & {name, *field.metadata.get("aliases", ())}:
             faults.append(f"--{name} is missing: {field.metadata['help']}")
 
     if not faults:

@@ -120,6 +120,10 @@ def _report_start(work: Workload, mine: set[BlockId], todo: list[BlockId], log: 
     line = f"{every:,} rows in {tables} table{'s' if tables > 1 else ''}"
     if rows < every:
         line += f", {rows:,} of them for this process"
+        if not rows:
+            line += (
+                f" (blocks have {work.facts['options']['block_size']:,} rows; a lower --block_size makes more of them)"
+            )
     if left < rows:
         line += f"; going on, {rows - left:,} are done"
     log(line)

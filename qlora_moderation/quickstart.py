@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -105,7 +107,11 @@ def _run_embedded(config: QuickstartConfig, root: Path, log: Callable[[str], Non
         _judge(moderation, pair["prompt"], pair[kind], log)
     log(f"\nthe whole quick start took {time.monotonic() - started:.0f} s; everything lies in {root}:")
     log("  data/  backbone/  run/ (adapter, metrics, curves)  control/  merged/  evaluation/*/report.html")
-    log("It shows that the machinery learns; it says nothing about moderation quality. A real run on one 24 GB GPU:")
+    log("It shows that the machinery learns; it says nothing about moderation quality. To go on, on this machine:")
+    if ".venv" in sys.prefix and os.environ.get("VIRTUAL_ENV") is None:
+        log("  source .venv/bin/activate")
+    log(f"  qlora-moderation serve --model_path {model}")
+    log("A real run on one 24 GB GPU:")
     log(f"  {REAL_RUN}")
 
 

@@ -179,7 +179,7 @@ def _joined_cluster(address: str | None) -> Iterator[Any]:
         import ray
         import ray.data
     except ImportError:
-        raise ConfigError("--engine ray needs Ray: pip install 'qlora-moderation[ray]'") from None
+        raise ConfigError("--engine ray needs Ray: pip install -c scripts/constraints.txt -e '.[ray]'") from None
     package = str(Path(__file__).resolve().parent.parent)
     search = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     named = address or os.environ.get("RAY_ADDRESS")

@@ -10,7 +10,7 @@ if ! python -c 'import ray.data' >/dev/null 2>&1; then
     timeout 120 python -m pip install -q -c scripts/constraints.txt -e "$root[ray]" >/dev/null 2>&1 || true
 fi
 if ! python -c 'import ray.data' >/dev/null 2>&1; then
-    echo "ray checks: not run, ray is not there (pip install 'qlora-moderation[ray]')"
+    echo "ray checks: not run, ray is not there (pip install -c scripts/constraints.txt -e '.[ray]')"
     exit 0
 fi
 export HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0

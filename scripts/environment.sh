@@ -9,7 +9,10 @@ prepare_environment() {
     wanted=$(cat "$root/pyproject.toml" "$root/scripts/constraints.txt" | cksum)
     if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
         echo "installing the tested versions into $venv (some minutes, once)"
-        [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv" || return 1
+        if [ ! -x "$venv/bin/python" ]; then
+            command -v "${PYTHON:-python3}" >/dev/null || { echo "error: PYTHON ${PYTHON:-python3}: no such command" >&2; return 2; }
+            "${PYTHON:-python3}" -m venv "$venv" || return 1
+        fi
         "$venv/bin/python" -m pip install -q -c "$root/scripts/constraints.txt" -e "$root[dev]" || return 1
         echo "$wanted" >"$venv/installed"
     fi

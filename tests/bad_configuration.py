@@ -5,7 +5,7 @@ from __future__ import annotations
 from workbench import case
 
 
-@case("unknown flag --lerning_rate (did you mean learning_rate?)")
+@case("unknown flag --lerning_rate (did you mean --learning_rate?)")
 def a_misspelt_flag(bench):
     return bench.train(lerning_rate=1)
 

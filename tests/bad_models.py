@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from workbench import Bench, case
 
 
-@case("{folder}/nowhere: is no readable model directory or hub name (")
+@case("{folder}/nowhere: no such directory; give the directory of a model, or a hub name as owner/name")
 def a_backbone_that_is_not_there(bench):
     return bench.train(model=bench.folder / "nowhere")
 

@@ -182,12 +182,12 @@ def test_an_unreadable_yaml_is_one_fault(tmp_path, content):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--learning_rte 1", "unknown flag --learning_rte (did you mean learning_rate?)"),
-        ("--learning-rate=1", "unknown flag --learning-rate (did you mean learning_rate?)"),
-        ("--learning 1", "unknown flag --learning (did you mean learning_rate?)"),  # no abbreviations
-        ("--evaluation_strateg no", "did you mean evaluation_strategy?"),
-        ("--confg x.yaml", "did you mean config?"),
-        ("--batch_size 1", "unknown flag --batch_size (did you mean per_device_train_batch_size?)"),
+        ("--learning_rte 1", "unknown flag --learning_rte (did you mean --learning_rate?)"),
+        ("--learning-rate=1", "unknown flag --learning-rate (did you mean --learning_rate?)"),
+        ("--learning 1", "unknown flag --learning (did you mean --learning_rate?)"),  # no abbreviations
+        ("--evaluation_strateg no", "did you mean --evaluation_strategy?"),
+        ("--confg x.yaml", "did you mean --config?"),
+        ("--batch_size 1", "unknown flag --batch_size (did you mean --per_device_train_batch_size?)"),
         ("--learning_rate", "--learning_rate: needs a value"),
         ("--learning_rate abc", "--learning_rate: 'abc' is not valid, expected a finite number"),
         ("--learning_rate inf", "expected a finite number"),
@@ -226,7 +226,7 @@ def test_all_faults_come_at_once(config_file):
         f"{path}: unknown key lora_rr (did you mean lora_r?)",
         f"{path}: seed: 'x' is not valid",
         f"{path}: lora_dropout: 2 is not valid, must be at most 0.9",
-        "unknown flag --lerning_rate (did you mean learning_rate?)",
+        "unknown flag --lerning_rate (did you mean --learning_rate?)",
         "--lora_r: 0 is not valid, must be at least 1",
         "--model_name_or_path is missing",
         "--train_data_name_or_path is missing",
@@ -444,7 +444,7 @@ def test_help_needs_no_torch(job):
 @pytest.mark.parametrize(
     ("job", "flags", "words"),
     [
-        ("train", "--lerning_rate 3", "error: unknown flag --lerning_rate (did you mean learning_rate?)"),
+        ("train", "--lerning_rate 3", "error: unknown flag --lerning_rate (did you mean --learning_rate?)"),
         ("train", f"{' '.join(NEEDED)} --bf16 --dtype float32", "error: --bf16 True contradicts"),
         ("merge", "--adapter_path a", "error: --output_dir is missing"),
         ("evaluate", "--config /nowhere.yaml", "error: --config /nowhere.yaml: cannot be read"),

@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TRAIN = "train --model_name_or_path m --output_dir {folder}/run --train_data_name_or_path"
 FAULTS = {
     "trian --help": ["error: unknown job trian (did you mean train?); the jobs are train, plan, merge, "],
-    "train --lerning_rate 3": ["error: unknown flag --lerning_rate (did you mean learning_rate?)"],
-    "merge --config {folder}/broken.yaml": ["error: --config {folder}/broken.yaml: is not valid YAML", "is missing"],
+    "train --lerning_rate 3": ["error: unknown flag --lerning_rate (did you mean --learning_rate?)"],
+    "merge --config {folder}/broken.yaml": ["error: --config {folder}/broken.yaml: is not valid YAML"],
     f"{TRAIN} a/b:train --taxonomy {{folder}}/broken.yaml": [
         "error: --taxonomy {folder}/broken.yaml: is not valid YAML"
     ],

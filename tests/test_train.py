@@ -329,7 +329,9 @@ def test_backbones_that_do_not_fit_are_refused_in_one_line(bert, llama, runs, ro
     cases = [
         (bert, {"method": "qlora"}, r"is an encoder; --method qlora is for decoders"),
         (llama, {"max_length": 4096, "max_tokens_per_micro_batch": 4096}, r"reads at most 2048 tokens"),
-        (tmp_path, {}, r"is no readable model directory or hub name"),
+        (tmp_path, {}, r"holds no model, config.json is missing; give the directory of a model"),
+        (runs["lora"].directory, {}, r"holds no model, .*; models lie in .*lora/adapter; give"),
+        (tmp_path / "nowhere", {}, r"nowhere: no such directory; give the directory of a model, or a hub name"),
         (llama, {"target_modules": ("q_proj", "nothing")}, r"--target_modules nothing: names no linear layer.*q_proj"),
         (llama, {"report_to": ("trackio",)}, r"--report_to trackio needs its package: pip install"),
         (runs["lora"].weights, {}, r"is an adapter, not a backbone; merge it first"),

@@ -38,9 +38,7 @@ def check_packages() -> None:
     """
     missing = [name for module, name in _PACKAGES.items() if find_spec(module) is None]
     if missing:
-        raise ConfigError(
-            f"serve needs {', '.join(missing)}; run pip install 'qlora-moderation[serve]', in a checkout -e '.[serve]'"
-        )
+        raise ConfigError(f"serve needs {', '.join(missing)}; pip install -c scripts/constraints.txt -e '.[serve]'")
 
 
 def serve(config: ServeConfig) -> int:
