@@ -115,9 +115,8 @@ def _refuse_place_without_model(name: str) -> None:
                 f"{name}: holds no model, config.json is missing{hint}; give the directory of a model"
             )
         return
-    # the hub's names are `name` or `owner/name`
-    local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.parent.name
-    if local and (path.is_absolute() or name.count("/") != 1 or path.parent.is_dir()):
+    owner, slash, rest = name.partition("/")  # the hub's names are `name` or `owner/name`
+    if path.is_absolute() or name.startswith((".", "~")) or "/" in rest or (slash and Path(owner).is_dir()):
         raise CheckpointError(f"{name}: no such directory; give the directory of a model, or a hub name as owner/name")
 
 

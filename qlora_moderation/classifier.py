@@ -201,7 +201,7 @@ def open_model(path: str | Path, max_length: int | None = None, base_model: str 
     stored = len(taxonomy.categories)
     if not is_adapter and len(spec.config.id2label) != stored:
         raise CheckpointError(f"{path}: its config.json has {len(spec.config.id2label)} labels, its taxonomy {stored}")
-    named = [spec.config.id2label[i] for i in range(stored)] if not is_adapter else list(taxonomy.categories)
+    named = list(taxonomy.categories) if is_adapter else [spec.config.id2label.get(i) for i in range(stored)]
     if named != list(taxonomy.categories):
         first = next(i for i in range(stored) if named[i] != taxonomy.categories[i])
         raise CheckpointError(

@@ -180,7 +180,7 @@ def test_faults_of_the_configuration_are_said_at_once(tmp_path, capsys, monkeypa
     monkeypatch.delenv(KEY_VARIABLE)
     monkeypatch.setattr("qlora_moderation.serving.server.find_spec", lambda name: None if name == "uvicorn" else name)
     assert run_job("serve", ["--model_path", str(tmp_path)]) == 2
-    assert "serve needs uvicorn; run pip install 'qlora-moderation[serve]'" in capsys.readouterr().err
+    assert "serve needs uvicorn; pip install -c scripts/constraints.txt -e '.[serve]'" in capsys.readouterr().err
 
 
 def test_a_model_is_named_by_its_run_and_never_by_a_path(tmp_path):
