@@ -348,7 +348,7 @@ def test_the_plan_names_the_first_setting_that_fits(llama, tmp_path):
 
 
 def test_the_plan_refuses_what_no_run_could_do(llama, bert, tmp_path, capfd):
-    with pytest.raises(CheckpointError, match="holds no model, config.json is missing"):
+    with pytest.raises(CheckpointError, match=r"holds no model, config\.json is missing"):
         plan_cards(PlanConfig(str(tmp_path)), silent)
     with pytest.raises(CheckpointError, match="reads at most 512 tokens; lower --max_length 513"):
         plan_cards(PlanConfig(str(bert), methods=("lora",), max_length=513), silent)
