@@ -23,7 +23,9 @@ def check_trackers(config: TrainConfig) -> None:
     """
     for name in config.report_to:
         if name != "none" and importlib.util.find_spec(name) is None:
-            raise ConfigError(f"--report_to {name} needs its package: pip install -c scripts/constraints.txt -e '.[{name}]'")
+            raise ConfigError(
+                f"--report_to {name} needs its package: pip install -c scripts/constraints.txt -e '.[{name}]'"
+            )
 
 
 class Trackers:
