@@ -73,12 +73,12 @@ def run_contender(job):
     from qlora_moderation.taxonomy import Taxonomy
 
     config, device = make_config(job), torch.device("cuda" if job["cuda"] else "cpu")
+    before = peak_gib(job["cuda"], start=True)  # all that a contender loads counts
     classifier = build_classifier(config, Taxonomy(), device, lambda line: None)
     material = load_material(config, classifier, lambda line: None)
     weights, shapes = count_layer_weights(classifier.model), list_shapes(classifier.model)
     rate_before = measure_matrix_rate(shapes, device)
     adapters = sum(p.numel() for name, p in classifier.model.named_parameters() if ".lora_" in name)
-    before = peak_gib(job["cuda"], start=True)
     if job["contender"] == "ours":
         spans, real, losses, count = train_own(config, classifier, material)
         padded = real
