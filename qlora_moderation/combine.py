@@ -14,9 +14,10 @@ from typing import Any
 from qlora_moderation.blocks import Table
 from qlora_moderation.errors import CheckpointError, DataError
 from qlora_moderation.metadata import read_json, written_whole
-from qlora_moderation.parts import PARTS, Asked, Parts, find_runs, is_summary, writing
+from qlora_moderation.parts import PARTS, Parts, find_runs, writing
 from qlora_moderation.prediction_config import CombineConfig
 from qlora_moderation.proportions import MISSING, Proportions
+from qlora_moderation.state_files import Asked, is_summary
 from qlora_moderation.summary import FIGURE_FILE, SUMMARY_FILE, describe_method, render_summary, write_summary
 from qlora_moderation.tables import make_table
 from qlora_moderation.workload import BlockId, list_blocks

@@ -7,7 +7,6 @@ whole or absent. Whoever has the same facts fills the same directory; other fact
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import shutil
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from typing import Any, BinaryIO
 from qlora_moderation.errors import CheckpointError, ModerationError
 from qlora_moderation.metadata import read_json, write_json, written_whole
 from qlora_moderation.refusals import refusals
+from qlora_moderation.state_files import Asked, damaged, is_run
 from qlora_moderation.workload import BlockId, find_differences, fingerprint_facts, list_blocks
 
 PARTS = "parts"
@@ -24,40 +24,6 @@ RUN_FILE = "run.json"
 ENGINE_FILE = "engine.json"
 ASKED_FILE = "summary.json"
 _ANY_PART = "[0-9]*-[0-9]*"
-
-
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """Which summary is asked for; the rows' bytes do not depend on it.
-
-    Attributes:
-        group_by: columns whose values get a flagged proportion each.
-        replicates: draws for the intervals.
-    """
-
-    group_by: tuple[str, ...]
-    replicates: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready mapping."""
-        return {"group_by": list(self.group_by), "replicates": self.replicates}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Asked:
-        """Read what `to_dict` gave."""
-        return cls(tuple(values["group_by"]), values["replicates"])
-
-    @classmethod
-    def read(cls, path: Path) -> Asked:
-        """Read a file.
-
-        Raises:
-            CheckpointError: it is damaged.
-        """
-        values = read_json(path)
-        if not _is_asked(values):
-            raise _damaged(path)
-        return cls.from_dict(values)
 
 
 class Parts:
@@ -102,7 +68,7 @@ class Parts:
         """
         found = read_json(self.directory / ENGINE_FILE)
         if not isinstance(found, dict):
-            raise _damaged(self.directory / ENGINE_FILE)
+            raise damaged(self.directory / ENGINE_FILE)
         return found
 
     def path_of(self, block: BlockId) -> Path:
@@ -214,41 +180,9 @@ def find_runs(output: Path) -> list[dict[str, Any]]:
     paths = [path for path in sorted((output / PARTS).glob(f"*/{RUN_FILE}")) if any(path.parent.glob(_ANY_PART))]
     found = {path: read_json(path) for path in paths}
     for path, facts in found.items():
-        if not _is_run(facts) or path.parent.name != fingerprint_facts(facts):
-            raise _damaged(path)
+        if not is_run(facts) or path.parent.name != fingerprint_facts(facts):
+            raise damaged(path)
     return list(found.values())
-
-
-def _damaged(path: Path) -> CheckpointError:
-    return CheckpointError(f"{path}: is damaged; remove {path.parent}, and score its blocks again")
-
-
-def _is_asked(values: Any) -> bool:
-    return (
-        isinstance(values, dict)
-        and isinstance(values.get("group_by"), list)
-        and all(isinstance(column, str) for column in values["group_by"])
-        and isinstance(values.get("replicates"), int)
-        and values["replicates"] >= 0
-    )
-
-
-def _is_run(facts: Any) -> bool:
-    """Say whether these may be the facts of a run; whether they are is said by their fingerprint."""
-    return isinstance(facts, dict) and all(
-        isinstance(facts.get(name), kind) for name, kind in (("inputs", list), ("options", dict))
-    )
-
-
-def is_summary(found: Any) -> bool:
-    """Say whether a `summary.json` is one that a run has written."""
-    return (
-        isinstance(found, dict)
-        and _is_run(found.get("run"))
-        and isinstance(found.get("outputs"), dict)
-        and all(isinstance(facts, dict) and "bytes" in facts for facts in found["outputs"].values())
-        and _is_asked(found.get("summary"))
-    )
 
 
 def remove_others(output: Path, facts: dict[str, Any]) -> None:

@@ -17,9 +17,10 @@ from typing import Any
 from qlora_moderation.combine import count_anew, finish, is_intact, read_finished
 from qlora_moderation.errors import CheckpointError, Interrupted, ModerationError, SaidByMainError
 from qlora_moderation.interruption import StopSignals
-from qlora_moderation.parts import Asked, Parts, raise_other, refuse_others, remove_others, writing
+from qlora_moderation.parts import Parts, raise_other, refuse_others, remove_others, writing
 from qlora_moderation.prediction_config import PredictConfig
 from qlora_moderation.row_check import check_blocks
+from qlora_moderation.state_files import Asked
 from qlora_moderation.summary import SUMMARY_FILE
 from qlora_moderation.workload import BlockId, Workload, build_workload, check_unchanged, list_blocks
 

@@ -33,7 +33,7 @@ LAYERS = """
     merged_weights streaming whole_merge proof merge
     moderators predictions analysis comparison rendering sections report
     evaluate tune moderation classify_api data_audit
-    workload row_check parts proportions summary combine block_scoring local_engine ray_engine predict
+    workload row_check state_files parts proportions summary combine block_scoring local_engine ray_engine predict
     quickstart
     serving serving.config serving.faults serving.conversation serving.requests serving.keys serving.bodies
     serving.instruments serving.rule serving.engine serving.planning serving.queue serving.batcher serving.answers serving.page

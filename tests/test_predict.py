@@ -23,9 +23,10 @@ from qlora_moderation.block_scoring import BlockScorer
 from qlora_moderation.cli import run_job
 from qlora_moderation.combine import combine
 from qlora_moderation.errors import Interrupted
-from qlora_moderation.parts import Asked, Parts
+from qlora_moderation.parts import Parts
 from qlora_moderation.predict import predict
 from qlora_moderation.prediction_config import CombineConfig, PredictConfig
+from qlora_moderation.state_files import Asked
 from qlora_moderation.verdicts import NEW_COLUMNS
 from qlora_moderation.workload import build_workload
 
