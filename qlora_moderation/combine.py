@@ -84,10 +84,10 @@ def read_finished(output: Path, facts: dict[str, Any] | None = None) -> dict[str
     return found if facts in (None, found["run"]) else None
 
 
-def is_intact(output: Path, finished: dict[str, Any]) -> bool:
-    """Say whether the outputs of a finished run are there, in the size that they were written in."""
+def find_lost(output: Path, finished: dict[str, Any]) -> list[Path]:
+    """Return the outputs of a finished run that are not there in the size that they were written in."""
     places = {output / name: facts["bytes"] for name, facts in finished["outputs"].items()}
-    return all(place.is_file() and place.stat().st_size == size for place, size in places.items())
+    return [place for place, size in places.items() if not place.is_file() or place.stat().st_size != size]
 
 
 def finish(parts: Parts, asked: Asked, log: Log, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
@@ -164,12 +164,11 @@ def count_anew(output: Path, finished: dict[str, Any], asked: Asked, log: Log) -
     Raises:
         CheckpointError: an output is gone or was changed.
     """
-    for name, facts in finished["outputs"].items():
-        if not (output / name).is_file() or (output / name).stat().st_size != facts["bytes"]:
-            raise CheckpointError(
-                f"{output / name}: is gone or was changed since the run finished; restore it, or score again with "
-                "--overwrite True"
-            )
+    lost = find_lost(output, finished)
+    if lost:
+        raise CheckpointError(
+            f"{lost[0]}: is gone or was changed since the run finished; restore it, or score again with --overwrite True"
+        )
     log(f"{output}: the run has finished; nothing is left to score")
     if finished["summary"] == asked.to_dict():
         _report(output, finished, log)

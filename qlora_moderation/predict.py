@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qlora_moderation.combine import count_anew, finish, is_intact, read_finished
+from qlora_moderation.combine import count_anew, find_lost, finish, read_finished
 from qlora_moderation.errors import CheckpointError, Interrupted, ModerationError, SaidByMainError
 from qlora_moderation.interruption import StopSignals
 from qlora_moderation.parts import Parts, raise_other, refuse_others, remove_others, writing
@@ -53,7 +53,7 @@ def predict(config: PredictConfig, log: Log = _say) -> dict[str, Any] | None:
         raise
     asked = Asked(config.group_by, config.bootstrap_replicates)
     finished = read_finished(output, work.facts)
-    if finished is not None and config.overwrite and not is_intact(output, finished):
+    if finished is not None and config.overwrite and find_lost(output, finished):
         finished = None  # its outputs are replaced; the summary would call them finished if this were killed
         with writing(output):
             (output / SUMMARY_FILE).unlink(missing_ok=True)
